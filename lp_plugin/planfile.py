@@ -1,0 +1,194 @@
+"""`Plan` <-> JSON: a schema version, digests, every invariant checked on the way in."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from lp_plugin.architecture import DTYPE_BYTES
+from lp_plugin.errors import PlanFileError, WorkloadError
+from lp_plugin.model import ModelProfile
+from lp_plugin.plan import LayerFootprint, Plan, Stage
+from lp_plugin.workload import Workload
+
+__all__ = ["SCHEMA_VERSION", "check_model", "load_plan", "save_plan", "write_atomically"]
+
+SCHEMA_VERSION = 1
+"""Raised when a field changes its meaning."""
+
+Bytes = Annotated[int, Field(ge=0)]
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class _Layer(_Strict):
+    name: str
+    weight_bytes: Bytes
+    activation_bytes: Bytes
+    kv_bytes: Bytes
+    buffer_bytes: Bytes
+
+
+class _Stage(_Strict):
+    start: Bytes
+    stop: Bytes
+    layers: list[str]
+    device: str
+    tier: str
+    weight_bytes: Bytes
+    kv_bytes: Bytes
+    activation_bytes: Bytes
+    buffer_bytes: Bytes
+    training_bytes: Bytes
+    working_set_bytes: Bytes
+    capacity_bytes: Annotated[int, Field(gt=0)]
+    compute_seconds: Seconds
+    transfer_seconds: Seconds
+
+
+class _Workload(_Strict):
+    phase: Literal["prefill", "decode", "train"]
+    batch: int
+    sequence: int
+    micro_batch: int
+
+
+class _PlanFile(_Strict):
+    schema_version: int
+    model_name: str
+    dtype: str
+    workload: _Workload
+    boundaries: list[int]
+    stages: list[_Stage]
+    layers: list[_Layer]
+    lower_bound_seconds: Seconds
+    notes: list[str]
+    model_digest: Digest
+    cluster_digest: Digest
+    workload_digest: Digest
+
+
+def save_plan(plan: Plan, path: str | Path) -> None:
+    """Writes a plan as JSON; the file appears whole or not at all.
+
+    Raises:
+        PlanFileError: If the file can't be written.
+    """
+    content = {"schema_version": SCHEMA_VERSION, **dataclasses.asdict(plan)}
+    try:
+        write_atomically(Path(path), json.dumps(content, indent=2) + "\n")
+    except OSError as error:
+        raise PlanFileError(f"the plan can't be written to {path}: {error.strerror or error}.") from None
+
+
+def load_plan(path: str | Path) -> Plan:
+    """Reads a plan and checks everything that can be checked without the model.
+
+    Raises:
+        PlanFileError: If it is missing, truncated, of another schema, or contradicts itself.
+    """
+    file = Path(path)
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise PlanFileError(
+            f"{file} does not exist; make it with 'lp-plugin plan MODEL -o {file}'."
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise PlanFileError(f"{file} can't be read: {error}.") from None
+    except json.JSONDecodeError as error:
+        raise PlanFileError(
+            f"{file} is not valid JSON ({error}); is it truncated? Make the plan again."
+        ) from None
+    version = raw.get("schema_version") if isinstance(raw, dict) else None
+    if version != SCHEMA_VERSION:
+        raise PlanFileError(
+            f"{file} has schema version {version!r}; this lp_plugin reads {SCHEMA_VERSION}. Make the plan again."
+        )
+    try:
+        parsed = _PlanFile.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise PlanFileError(f"{file}: {where}: {first['msg'].lower()}. Make the plan again.") from None
+    plan = _to_plan(parsed, file)
+    _check_consistency(plan, file)
+    return plan
+
+
+def check_model(plan: Plan, profile: ModelProfile, path: str | Path) -> None:
+    """Refuses a plan that was made for another model.
+
+    Raises:
+        PlanFileError: Naming both models.
+    """
+    if plan.model_digest != profile.digest:
+        raise PlanFileError(
+            f"{path} was made for {plan.model_name} ({len(plan.layers)} layers, model digest "
+            f"{plan.model_digest[:12]}), not for {profile.name} ({profile.num_layers} layers, "
+            f"{profile.digest[:12]}). Make a plan for this model."
+        )
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a text file through a temporary file beside it and a rename.
+
+    Raises:
+        OSError: If the folder can't be written; nothing is left behind.
+    """
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    temporary = Path(name)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)  # mkstemp makes it private; a result is an ordinary file
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _to_plan(parsed: _PlanFile, file: Path) -> Plan:
+    fields: dict[str, Any] = parsed.model_dump(exclude={"schema_version"})
+    try:
+        workload = Workload(**fields.pop("workload"))
+    except WorkloadError as error:
+        raise PlanFileError(f"{file}: workload: {error}") from None
+    stages = tuple(Stage(**{**stage, "layers": tuple(stage["layers"])}) for stage in fields.pop("stages"))
+    layers = tuple(LayerFootprint(**layer) for layer in fields.pop("layers"))
+    boundaries, notes = tuple(fields.pop("boundaries")), tuple(fields.pop("notes"))
+    return Plan(workload=workload, stages=stages, layers=layers, boundaries=boundaries, notes=notes, **fields)
+
+
+def _check_consistency(plan: Plan, file: Path) -> None:
+    count = len(plan.layers)
+    bounds = plan.boundaries
+    rising = all(low < high for low, high in itertools.pairwise(bounds))
+    if len(bounds) < 2 or not rising or bounds[0] != 0 or bounds[-1] != count:
+        raise PlanFileError(
+            f"{file}: boundaries {list(bounds)} must rise from 0 to {count}, the number of layers."
+        )
+    spans = tuple((stage.start, stage.stop) for stage in plan.stages)
+    if spans != tuple(itertools.pairwise(bounds)):
+        raise PlanFileError(
+            f"{file}: stages cover {list(spans)}, which contradicts boundaries {list(bounds)}."
+        )
+    if plan.workload.digest != plan.workload_digest:
+        raise PlanFileError(f"{file}: the workload was edited (its digest differs). Make the plan again.")
+    if plan.dtype not in DTYPE_BYTES:
+        raise PlanFileError(f"{file}: dtype is {plan.dtype!r}; known are {', '.join(sorted(DTYPE_BYTES))}.")

@@ -1,0 +1,122 @@
+"""Quantities as people write them, such as "80 GB" and "35 us", to and from plain numbers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from fractions import Fraction
+
+from lp_plugin.errors import InvalidInputError
+
+__all__ = ["format_bytes", "format_rate", "format_seconds"]
+__all__ += ["parse_bytes", "parse_flops", "parse_rate", "parse_seconds"]
+
+_Units = Mapping[str, Fraction | int]
+
+_DECIMAL = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "PB": 10**15}
+_BYTES = {**_DECIMAL, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "PiB": 2**50}
+_RATES = {f"{unit}/s": factor for unit, factor in _BYTES.items()}
+_FLOPS = {"FLOP/s": 1, "MFLOP/s": 10**6, "GFLOP/s": 10**9, "TFLOP/s": 10**12, "PFLOP/s": 10**15}
+_SHORT: _Units = {"ns": Fraction(1, 10**9), "us": Fraction(1, 10**6), "ms": Fraction(1, 10**3), "s": 1}
+_SECONDS: _Units = {**_SHORT, "min": 60, "h": 3600}
+
+_LARGEST = 10**30  # beyond any quantity here; keeps every result a finite float
+_TEXT = re.compile(r"([0-9]{1,30}(?:\.[0-9]{1,30})?(?:[eE][+-]?[0-9]{1,2})?)\s*(\S*)")
+
+
+def parse_bytes(value: str | int) -> int:
+    """Bytes from text such as "80 GB", "50 MiB" or "1024"; exact.
+
+    Args:
+        value: A number with a unit (kB, MB, ... are powers of 1000; KiB, MiB, ... of 1024), or bytes.
+
+    Returns:
+        Bytes.
+
+    Raises:
+        InvalidInputError: If the text has another form, is negative, or is no whole number of bytes.
+    """
+    num_bytes = _parse(value, "size", _BYTES, "80 GB")
+    if num_bytes.denominator != 1:
+        raise InvalidInputError(f"size {value!r} is {float(num_bytes)} bytes; write a whole number of bytes.")
+    return num_bytes.numerator
+
+
+def parse_rate(value: str | float) -> float:
+    """Bytes per second from text such as "3.35 TB/s", or from a number of bytes per second.
+
+    Raises:
+        InvalidInputError: If the text has another form, or the value is negative or not finite.
+    """
+    return float(_parse(value, "rate", _RATES, "3.35 TB/s"))
+
+
+def parse_seconds(value: str | float) -> float:
+    """Seconds from text such as "35 us" or "1.5 ms", or from a number of seconds.
+
+    Raises:
+        InvalidInputError: If the text has another form, or the value is negative or not finite.
+    """
+    return float(_parse(value, "time", _SECONDS, "35 us"))
+
+
+def parse_flops(value: str | float) -> float:
+    """Operations per second from text such as "989 TFLOP/s", or from a number of operations per second.
+
+    Raises:
+        InvalidInputError: If the text has another form, or the value is negative or not finite.
+    """
+    return float(_parse(value, "compute rate", _FLOPS, "989 TFLOP/s"))
+
+
+def format_bytes(num_bytes: float) -> str:
+    """Non-negative bytes with three significant digits in decimal units: "1.61 GB"."""
+    return f"{num_bytes:.0f} B" if num_bytes < 999.5 else _scaled(num_bytes, _DECIMAL)
+
+
+def format_rate(bytes_per_second: float) -> str:
+    """Non-negative bytes per second with three significant digits in decimal units: "3.35 TB/s"."""
+    return f"{format_bytes(bytes_per_second)}/s"
+
+
+def format_seconds(seconds: float) -> str:
+    """Non-negative seconds for reading: "35.0 us", "19.4 ms", "1.23 s", "2 min 05 s", "2 h 03 min"."""
+    if seconds == 0:
+        return "0 s"
+    if seconds < 59.95:
+        return _scaled(seconds, _SHORT)
+    if round(seconds) < 3600:
+        return f"{round(seconds) // 60} min {round(seconds) % 60:02d} s"
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _parse(value: str | float, what: str, units: _Units, example: str) -> Fraction:
+    """The exact value in the base unit, which is also the unit of text without one."""
+    exact = _exact(value, units)
+    if exact is not None and 0 <= exact <= _LARGEST:
+        return exact
+    raise InvalidInputError(
+        f'{what} {value!r} is not understood; write a number of at least 0 and a unit, as in "{example}" '
+        f"(units: {', '.join(units)}), or the number alone in {next(u for u in units if units[u] == 1)}."
+    )
+
+
+def _exact(value: str | float, units: _Units) -> Fraction | None:
+    """The value in the base unit, or None if it is no finite number with a known unit."""
+    if isinstance(value, str):
+        match = _TEXT.fullmatch(value.strip().replace("\u00b5", "u").replace("\u03bc", "u"))
+        if match is None or (match[2] and match[2] not in units):
+            return None
+        return Fraction(match[1]) * (units[match[2]] if match[2] else 1)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not -_LARGEST <= value <= _LARGEST:
+        return None
+    return Fraction(value)
+
+
+def _scaled(value: float, units: _Units) -> str:
+    """Three significant digits in the smallest unit that keeps the number below 1000, else in the largest."""
+    unit = next((name for name in units if value / units[name] < 999.5), list(units)[-1])
+    scaled = value / float(units[unit])
+    decimals = 2 if scaled < 9.995 else 1 if scaled < 99.95 else 0
+    return f"{scaled:.{decimals}f} {unit}"

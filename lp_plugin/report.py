@@ -1,0 +1,146 @@
+"""A `Plan` as tables and sentences for the terminal."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from collections.abc import Sequence
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from lp_plugin.plan import Plan, Stage
+from lp_plugin.quantity import format_bytes, format_seconds
+
+__all__ = ["as_text", "layer_table", "plan_report", "stage_table", "summary"]
+
+_KINDS = ("weight_bytes", "activation_bytes", "kv_bytes", "buffer_bytes", "training_bytes")
+
+
+def as_text(renderable: RenderableType, width: int = 140) -> str:
+    """Anything rich can draw as plain text, trailing blanks removed."""
+    console = Console(file=io.StringIO(), width=width, color_system=None)
+    console.print(renderable)
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    return "\n".join(line.rstrip() for line in lines if line.strip())
+
+
+def plan_report(plan: Plan) -> Group:
+    """Everything about a plan: layers, stages, figures, notes."""
+    notes = [Text(f"• {note}") for note in plan.notes]
+    return Group(layer_table(plan), stage_table(plan), summary(plan), *notes)
+
+
+def layer_table(plan: Plan) -> Table:
+    """Memory footprint of each layer; equal neighbours share a row."""
+    table = Table(title=_title(plan), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("layer")
+    for column in ("weights", "activations", "KV cache", "buffers", "total"):
+        table.add_column(column, justify="right")
+    keys = [(layer.name.split()[0], dataclasses.astuple(layer)[1:]) for layer in plan.layers]
+    for first, last in _equal_neighbours(keys):
+        layer = plan.layers[first]
+        name = layer.name if first == last else f"{layer.name} .. {plan.layers[last].name} (each)"
+        amounts = (
+            layer.weight_bytes,
+            layer.activation_bytes,
+            layer.kv_bytes,
+            layer.buffer_bytes,
+            layer.total_bytes,
+        )
+        table.add_row(name, *(format_bytes(amount) for amount in amounts))
+    return table
+
+
+def stage_table(plan: Plan) -> Table:
+    """A row per stage: layers, memory by kind, share of the usable memory, working set, tier, seconds.
+
+    Equal neighbours share a row; columns that say nothing (no KV cache, one kind of device) are left out.
+    """
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("stage", justify="right", no_wrap=True)
+    table.add_column("layers", no_wrap=True)
+    devices = {stage.device for stage in plan.stages}
+    if len(devices) > 1:
+        table.add_column("device", no_wrap=True)
+    kinds = [
+        kind for kind in _KINDS if kind in _KINDS[:2] or any(getattr(stage, kind) for stage in plan.stages)
+    ]
+    headings = [kind.removesuffix("_bytes").replace("kv", "KV cache").replace("_", " ") for kind in kinds]
+    for heading in (
+        *(f"{name}s" if name in {"weight", "activation", "buffer"} else name for name in headings),
+        "memory",
+    ):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for heading in ("used", "working set", "tier", "time"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    for first, last in _equal_neighbours([_key(stage) for stage in plan.stages]):
+        stage = plan.stages[first]
+        over = stage.memory_bytes > stage.capacity_bytes
+        slowest = max(plan.stage_seconds[first : last + 1]) == plan.bottleneck_seconds
+        table.add_row(
+            str(first) if first == last else f"{first} .. {last}",
+            _layers(plan, first, last),
+            *([stage.device] if len(devices) > 1 else []),
+            *(format_bytes(getattr(stage, kind)) for kind in kinds),
+            format_bytes(stage.memory_bytes),
+            f"{stage.memory_bytes / stage.capacity_bytes:.1%}",
+            format_bytes(stage.working_set_bytes),
+            stage.tier,
+            format_seconds(stage.seconds),
+            "<- does not fit" if over else "<- slowest" if slowest else "",
+            style="bold red" if over else None,
+        )
+    return table
+
+
+def summary(plan: Plan) -> Text:
+    """Bottleneck, bound, throughput in one paragraph."""
+    gap = plan.bottleneck_seconds / plan.lower_bound_seconds - 1 if plan.lower_bound_seconds else 0.0
+    lines = [
+        f"bottleneck   {format_seconds(plan.bottleneck_seconds)} per micro-batch, proven least for these layers",
+        f"lower bound  {format_seconds(plan.lower_bound_seconds)} if layers could be cut anywhere ({gap:+.1%})",
+        f"throughput   {plan.tokens_per_second:,.0f} tokens/s predicted; "
+        f"{plan.num_micro_batches} micro-batches of {plan.workload.chosen_micro_batch}, "
+        f"bubble {plan.bubble_fraction:.1%}, whole batch {format_seconds(plan.makespan_seconds)}",
+        f"boundaries   {list(plan.boundaries)}",
+    ]
+    return Text("\n".join(lines))
+
+
+def _title(plan: Plan) -> str:
+    workload = plan.workload
+    return (
+        f"{plan.model_name} in {plan.dtype}, {workload.phase}: batch {workload.batch} x sequence "
+        f"{workload.sequence}, micro-batch {workload.chosen_micro_batch}, {plan.num_stages} stages"
+    )
+
+
+def _key(stage: Stage) -> tuple[object, ...]:
+    """What makes two stages look the same in a table."""
+    kinds = tuple(getattr(stage, kind) for kind in _KINDS)
+    kind_of_layer = stage.layers[0].split()[0]
+    return (stage.device, stage.stop - stage.start, kind_of_layer, kinds, format_seconds(stage.seconds))
+
+
+def _layers(plan: Plan, first: int, last: int) -> str:
+    start, stop = plan.stages[first], plan.stages[last]
+    names = start.layers[0]
+    if start.layers[0] != stop.layers[-1]:
+        names += f" .. {stop.layers[-1]}"
+    each = " each" if last > first else ""
+    return f"{names} ({start.stop - start.start}{each})"
+
+
+def _equal_neighbours(keys: Sequence[object]) -> list[tuple[int, int]]:
+    """First and last index of runs of equal keys."""
+    runs: list[tuple[int, int]] = []
+    for index, key in enumerate(keys):
+        if runs and key == keys[runs[-1][0]]:
+            runs[-1] = (runs[-1][0], index)
+        else:
+            runs.append((index, index))
+    return runs

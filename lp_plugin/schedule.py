@@ -1,0 +1,79 @@
+"""Stage seconds -> makespan, bubble, throughput and timeline of a pipeline.
+
+The forward schedule is a flow shop: every micro-batch passes the stages in order, a stage works on one
+micro-batch at a time, in order. With constant stage times its makespan is
+``sum(stage_seconds) + (num_micro_batches - 1) * max(stage_seconds)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+__all__ = [
+    "Interval",
+    "bubble_bound",
+    "bubble_fraction",
+    "forward_timeline",
+    "makespan_seconds",
+    "ring_seconds",
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Interval:
+    """One micro-batch on one stage."""
+
+    stage: int
+    """Position in the pipeline."""
+    micro_batch: int
+    """Position in the batch."""
+    start_seconds: float
+    """From the start of the batch."""
+    stop_seconds: float
+    """From the start of the batch."""
+    kind: str = "forward"
+    """``forward``, ``send`` or ``recv``."""
+
+
+def makespan_seconds(stage_seconds: Sequence[float], num_micro_batches: int) -> float:
+    """Seconds from the first micro-batch's start to the last one's end."""
+    return sum(stage_seconds) + (num_micro_batches - 1) * max(stage_seconds)
+
+
+def ring_seconds(stage_seconds: Sequence[float], num_micro_batches: int) -> float:
+    """Seconds of one decode step when micro-batches go around the ring without draining it.
+
+    A micro-batch's next token waits for its own trip through all stages; a stage waits for all micro-batches.
+    """
+    return max(sum(stage_seconds), num_micro_batches * max(stage_seconds))
+
+
+def bubble_fraction(stage_seconds: Sequence[float], num_micro_batches: int) -> float:
+    """Share of device time in which stages of a drained pipeline wait, between 0 and 1."""
+    whole = makespan_seconds(stage_seconds, num_micro_batches) * len(stage_seconds)
+    return 1.0 - num_micro_batches * sum(stage_seconds) / whole if whole else 0.0
+
+
+def bubble_bound(num_stages: int, num_micro_batches: int) -> float:
+    """Highest share of the slowest stage's own rate that a drained pipeline of equal stages can reach.
+
+    Source:
+        Huang et al., GPipe, 2019, section 2.3: m / (m + p - 1).
+    """
+    return num_micro_batches / (num_micro_batches + num_stages - 1)
+
+
+def forward_timeline(stage_seconds: Sequence[float], num_micro_batches: int) -> list[Interval]:
+    """When each stage works on each micro-batch, earliest possible, in order of stage and micro-batch."""
+    ready = [0.0] * num_micro_batches
+    intervals = []
+    for stage, seconds in enumerate(stage_seconds):
+        free = 0.0
+        for micro_batch in range(num_micro_batches):
+            start = max(free, ready[micro_batch])
+            free = ready[micro_batch] = start + seconds
+            intervals.append(
+                Interval(stage=stage, micro_batch=micro_batch, start_seconds=start, stop_seconds=free)
+            )
+    return intervals

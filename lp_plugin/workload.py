@@ -1,0 +1,92 @@
+"""What is asked of the model: how many sequences, how long, in which phase."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from lp_plugin.errors import WorkloadError
+
+__all__ = ["Phase", "Workload"]
+
+Phase = Literal["prefill", "decode", "train"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """A batch of sequences in one phase.
+
+    ``prefill`` reads whole sequences and keeps no KV cache (scoring, embedding, reranking); ``decode`` makes
+    one new token for every sequence, whose whole context lies in the KV cache; ``train`` is forward and
+    backward with gradients and Adam states held.
+
+    Example:
+        >>> Workload(phase="prefill", batch=1024, sequence=10_000).total_tokens
+        10240000
+    """
+
+    phase: Phase = "prefill"
+    """What a micro-batch does; decides compute, memory traffic and what stays in memory."""
+
+    batch: int
+    """Sequences in the whole batch."""
+
+    sequence: int
+    """Tokens of one sequence (prefill, train), or of its context (decode)."""
+
+    micro_batch: int | None = None
+    """Sequences per micro-batch; None lets the planner choose."""
+
+    def __post_init__(self) -> None:
+        if self.phase not in get_args(Phase):
+            raise WorkloadError(f"phase is {self.phase!r}; it must be one of {', '.join(get_args(Phase))}.")
+        for name in ("batch", "sequence", "micro_batch"):
+            value = getattr(self, name)
+            if name == "micro_batch" and value is None:
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise WorkloadError(f"{name} is {value!r}; it must be a whole number of at least 1.")
+        if self.micro_batch is not None and self.micro_batch > self.batch:
+            raise WorkloadError(
+                f"micro_batch is {self.micro_batch}, more than the batch of {self.batch}; "
+                "lower it, or leave it out and the planner chooses."
+            )
+
+    @property
+    def tokens_per_sequence(self) -> int:
+        """Tokens computed per sequence and pass: the sequence, or one when decoding."""
+        return 1 if self.phase == "decode" else self.sequence
+
+    @property
+    def total_tokens(self) -> int:
+        """Tokens computed in one pass over the whole batch."""
+        return self.batch * self.tokens_per_sequence
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Micro-batches in the batch, the last one possibly smaller."""
+        return -(-self.batch // self.chosen_micro_batch)
+
+    @property
+    def chosen_micro_batch(self) -> int:
+        """The micro-batch in sequences.
+
+        Raises:
+            WorkloadError: If it has been left to the planner and the planner has not run yet.
+        """
+        if self.micro_batch is None:
+            raise WorkloadError("micro_batch is not chosen yet; give it, or let make_plan() choose.")
+        return self.micro_batch
+
+    def with_micro_batch(self, micro_batch: int) -> Workload:
+        """The same workload cut into micro-batches of ``micro_batch`` sequences."""
+        return dataclasses.replace(self, micro_batch=micro_batch)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all fields, in hexadecimal."""
+        text = json.dumps(dataclasses.asdict(self), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
