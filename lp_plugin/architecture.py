@@ -291,7 +291,5 @@ def read_architecture(config: Mapping[str, Any], *, dtype: str | None = None) ->
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
-        raise ModelConfigError(
-            f"{model_type} config: {key} is {first['input']!r}: {first['msg'].lower()}."
-        ) from None
+        raise ModelConfigError(f"{model_type} config: {key} is {first['input']!r}: {first['msg'].lower()}.") from None
     return parsed.architecture(model_type, chosen)

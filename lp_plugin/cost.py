@@ -66,10 +66,7 @@ class LayerTable:
         pairs = [attention_pairs(workload.sequence, layer.window, decode=decode) for layer in layers]
         context = [min(workload.sequence, layer.window or workload.sequence) for layer in layers]
         kv_per_sequence = _column(
-            [
-                layer.kv_bytes_per_token * kept if decode else 0
-                for layer, kept in zip(layers, context, strict=True)
-            ]
+            [layer.kv_bytes_per_token * kept if decode else 0 for layer, kept in zip(layers, context, strict=True)]
         )
         passes = 3 if self.is_training else 1  # backward computes twice the forward's products
         self.layers = layers
@@ -81,9 +78,7 @@ class LayerTable:
         )
         read = _column([layer.weight_traffic_bytes for layer in layers])
         self.traffic = passes * (
-            read
-            + _column([layer.traffic_bytes_per_token * tokens for layer in layers])
-            + kv_per_sequence * micro_batch
+            read + _column([layer.traffic_bytes_per_token * tokens for layer in layers]) + kv_per_sequence * micro_batch
         )
         self.weights = _column([layer.weight_bytes for layer in layers])
         self.kv_cache = kv_per_sequence * workload.batch
@@ -91,9 +86,7 @@ class LayerTable:
         self.buffers = _column([layer.buffer_bytes_per_token * tokens for layer in layers])
         outputs = [layer.output_bytes_per_token * tokens for layer in layers]
         self.cuts = _column([profile.input_bytes_per_token * tokens, *outputs])
-        per_parameter = (
-            12 if DTYPE_BYTES[profile.dtype] == 2 else 8
-        )  # Adam in float32, with master weights for 16 bit
+        per_parameter = 12 if DTYPE_BYTES[profile.dtype] == 2 else 8  # Adam in float32, with master weights for 16 bit
         state = _column([layer.weight_bytes + per_parameter * layer.parameters for layer in layers])
         self.training = state if self.is_training else np.zeros(len(layers))
         self.saved = self.cuts[1:] + self.buffers if self.is_training else np.zeros(len(layers))
@@ -101,9 +94,7 @@ class LayerTable:
 
     def layer_seconds(self, device: Device, tier: int, dtype: str) -> FloatArray:
         """Seconds of each layer when its stage lives in ``device.tiers[tier]``; shape [num_layers]."""
-        overhead = _column(
-            [device.layer_overhead_seconds if layer.kind == "block" else 0.0 for layer in self.layers]
-        )
+        overhead = _column([device.layer_overhead_seconds if layer.kind == "block" else 0.0 for layer in self.layers])
         roofline = np.maximum(
             self.flops / device.flops(dtype),
             self.traffic / device.tiers[tier].achieved_bytes_per_second,
@@ -171,9 +162,7 @@ class StageTable:
         trips = 2 if table.is_training else 1  # gradients go back over the same link
         self.entry = _transfer_seconds(receive, table.cuts, trips)
         self.exit = _transfer_seconds(send, table.cuts, trips)
-        self._seconds = [
-            _prefix(table.layer_seconds(device, tier, dtype)) for tier in range(len(device.tiers))
-        ]
+        self._seconds = [_prefix(table.layer_seconds(device, tier, dtype)) for tier in range(len(device.tiers))]
         self._weights, self._kv = _prefix(table.weights), _prefix(table.kv_cache)
         self._training, self._saved = _prefix(table.training), _prefix(table.saved)
         self._touched = _prefix(table.touched)
@@ -222,9 +211,7 @@ class StageTable:
         return np.where(fits, self.compute(starts, stops), np.inf)
 
 
-def stage_tables(
-    profile: ModelProfile, cluster: Cluster, workload: Workload, *, tier_limit: int
-) -> list[StageTable]:
+def stage_tables(profile: ModelProfile, cluster: Cluster, workload: Workload, *, tier_limit: int) -> list[StageTable]:
     """Costs of each stage position, one per device of the cluster; equal positions are the same object.
 
     Args:

@@ -88,14 +88,10 @@ class Device:
                     f"{larger.name!r} of {larger.capacity_bytes}; order the tiers from small to large."
                 )
         if not self.peak_flops or len(dict(self.peak_flops)) != len(self.peak_flops):
-            raise HardwareError(
-                f"{where}: peak_flops is {self.peak_flops!r}; give each dtype once, at least one."
-            )
+            raise HardwareError(f"{where}: peak_flops is {self.peak_flops!r}; give each dtype once, at least one.")
         for dtype, peak in self.peak_flops:
             if not 0 < peak < math.inf:
-                raise HardwareError(
-                    f"{where}: peak_flops of {dtype} is {peak!r}; it must be over 0 and finite."
-                )
+                raise HardwareError(f"{where}: peak_flops of {dtype} is {peak!r}; it must be over 0 and finite.")
         _check_fraction(self, "compute_efficiency")
         _check_not_negative(self, "layer_overhead_seconds")
 
@@ -390,9 +386,7 @@ def _build_cluster(tables: _ClusterFile) -> Cluster:
     for position, table in enumerate(tables.device):
         where = f"device[{position}]"
         entry: _CatalogueEntry | _OwnEntry = (
-            _validated(_CatalogueEntry, table, where)
-            if "type" in table
-            else _validated(_OwnEntry, table, where)
+            _validated(_CatalogueEntry, table, where) if "type" in table else _validated(_OwnEntry, table, where)
         )
         _check_count(where, entry.count)
         devices += [entry.build()] * entry.count
@@ -407,8 +401,7 @@ def _build_cluster(tables: _ClusterFile) -> Cluster:
         between[exception.first] = exception.build()
     default = tables.link.build() if tables.link else None
     links = (
-        between.get(first) or default or _slower_link(first, *pair)
-        for first, pair in enumerate(pairwise(own_links))
+        between.get(first) or default or _slower_link(first, *pair) for first, pair in enumerate(pairwise(own_links))
     )
     return Cluster(devices=tuple(devices), links=tuple(links))
 

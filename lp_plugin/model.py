@@ -105,9 +105,7 @@ class ModelProfile:
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
     @classmethod
-    def from_config(
-        cls, path_or_config: str | Path | Mapping[str, Any], *, dtype: str | None = None
-    ) -> ModelProfile:
+    def from_config(cls, path_or_config: str | Path | Mapping[str, Any], *, dtype: str | None = None) -> ModelProfile:
         """Profile of a Hugging Face decoder from its ``config.json`` alone.
 
         Args:
@@ -165,9 +163,7 @@ class ModelProfile:
         }
         for label, column in columns.items():
             if len(column) != count:
-                raise ModelConfigError(
-                    f"{label} has {len(column)} entries for {count} layers; give one each."
-                )
+                raise ModelConfigError(f"{label} has {len(column)} entries for {count} layers; give one each.")
             for value in column:
                 if not 0 <= value < float("inf"):
                     raise ModelConfigError(f"{label} holds {value!r}; costs are finite and not negative.")
@@ -181,9 +177,7 @@ class ModelProfile:
         )
         return cls(name=name, layers=layers, dtype="float32", input_bytes_per_token=0.0)
 
-    def with_seconds(
-        self, seconds: Sequence[float], backward_seconds: Sequence[float] | None = None
-    ) -> ModelProfile:
+    def with_seconds(self, seconds: Sequence[float], backward_seconds: Sequence[float] | None = None) -> ModelProfile:
         """The same layers with measured seconds per micro-batch in place of the roofline."""
         backward = [None] * len(self.layers) if backward_seconds is None else backward_seconds
         layers = tuple(

@@ -27,7 +27,9 @@ def _tier(plan: Plan, profile: ModelProfile, cluster: Cluster) -> str:
     fast = cluster.devices[0].tiers[0]
     slow = {stage.tier for stage in plan.stages if stage.tier != fast.name}
     if not slow:
-        return f"Tier {fast.name}: every stage's working set stays in the {format_bytes(fast.capacity_bytes)} {fast.name}."
+        return (
+            f"Tier {fast.name}: every stage's working set stays in the {format_bytes(fast.capacity_bytes)} {fast.name}."
+        )
     heaviest = max(profile.layers, key=lambda layer: layer.weight_traffic_bytes)
     if not heaviest.weight_traffic_bytes:
         return ""
@@ -99,8 +101,7 @@ def _superfluous(plan: Plan, profile: ModelProfile, cluster: Cluster) -> str:
     return (
         f"{plan.num_stages} devices gain nothing over {few} at this granularity: the slowest stage takes "
         f"{format_seconds(plan.bottleneck_seconds)} against {format_seconds(fewer.bottleneck_seconds)} "
-        f"({gain:+.2%})"
-        + (f", since the fullest device holds {fullest} blocks either way." if fullest else ".")
+        f"({gain:+.2%})" + (f", since the fullest device holds {fullest} blocks either way." if fullest else ".")
     )
 
 

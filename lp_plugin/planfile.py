@@ -102,15 +102,11 @@ def load_plan(path: str | Path) -> Plan:
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise PlanFileError(
-            f"{file} does not exist; make it with 'lp-plugin plan MODEL -o {file}'."
-        ) from None
+        raise PlanFileError(f"{file} does not exist; make it with 'lp-plugin plan MODEL -o {file}'.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise PlanFileError(f"{file} can't be read: {error}.") from None
     except json.JSONDecodeError as error:
-        raise PlanFileError(
-            f"{file} is not valid JSON ({error}); is it truncated? Make the plan again."
-        ) from None
+        raise PlanFileError(f"{file} is not valid JSON ({error}); is it truncated? Make the plan again.") from None
     version = raw.get("schema_version") if isinstance(raw, dict) else None
     if version != SCHEMA_VERSION:
         raise PlanFileError(
@@ -180,14 +176,10 @@ def _check_consistency(plan: Plan, file: Path) -> None:
     bounds = plan.boundaries
     rising = all(low < high for low, high in itertools.pairwise(bounds))
     if len(bounds) < 2 or not rising or bounds[0] != 0 or bounds[-1] != count:
-        raise PlanFileError(
-            f"{file}: boundaries {list(bounds)} must rise from 0 to {count}, the number of layers."
-        )
+        raise PlanFileError(f"{file}: boundaries {list(bounds)} must rise from 0 to {count}, the number of layers.")
     spans = tuple((stage.start, stage.stop) for stage in plan.stages)
     if spans != tuple(itertools.pairwise(bounds)):
-        raise PlanFileError(
-            f"{file}: stages cover {list(spans)}, which contradicts boundaries {list(bounds)}."
-        )
+        raise PlanFileError(f"{file}: stages cover {list(spans)}, which contradicts boundaries {list(bounds)}.")
     if plan.workload.digest != plan.workload_digest:
         raise PlanFileError(f"{file}: the workload was edited (its digest differs). Make the plan again.")
     if plan.dtype not in DTYPE_BYTES:

@@ -65,9 +65,7 @@ def stage_table(plan: Plan) -> Table:
     devices = {stage.device for stage in plan.stages}
     if len(devices) > 1:
         table.add_column("device", no_wrap=True)
-    kinds = [
-        kind for kind in _KINDS if kind in _KINDS[:2] or any(getattr(stage, kind) for stage in plan.stages)
-    ]
+    kinds = [kind for kind in _KINDS if kind in _KINDS[:2] or any(getattr(stage, kind) for stage in plan.stages)]
     headings = [kind.removesuffix("_bytes").replace("kv", "KV cache").replace("_", " ") for kind in kinds]
     for heading in (
         *(f"{name}s" if name in {"weight", "activation", "buffer"} else name for name in headings),

@@ -73,7 +73,5 @@ def forward_timeline(stage_seconds: Sequence[float], num_micro_batches: int) -> 
         for micro_batch in range(num_micro_batches):
             start = max(free, ready[micro_batch])
             free = ready[micro_batch] = start + seconds
-            intervals.append(
-                Interval(stage=stage, micro_batch=micro_batch, start_seconds=start, stop_seconds=free)
-            )
+            intervals.append(Interval(stage=stage, micro_batch=micro_batch, start_seconds=start, stop_seconds=free))
     return intervals

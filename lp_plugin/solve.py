@@ -58,9 +58,7 @@ def evaluate(profile: ModelProfile, cluster: Cluster, workload: Workload, bounda
             "without an empty stage."
         )
     if len(boundaries) - 1 != len(cluster.devices):
-        raise WorkloadError(
-            f"{len(boundaries) - 1} stages for {len(cluster.devices)} devices; give one device each."
-        )
+        raise WorkloadError(f"{len(boundaries) - 1} stages for {len(cluster.devices)} devices; give one device each.")
     slowest = max(len(device.tiers) for device in cluster.devices) - 1
     tables = stage_tables(profile, cluster, workload, tier_limit=slowest)
     return _describe(profile, cluster, workload, tables, tuple(int(bound) for bound in boundaries))

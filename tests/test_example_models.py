@@ -221,9 +221,7 @@ def test_no_gpu_is_refused(
     assert "torch sees no GPU" in capsys.readouterr().err
 
 
-def test_existing_output_is_refused_and_kept(
-    make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_existing_output_is_refused_and_kept(make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "mine.txt").write_text("precious")
     with pytest.raises(SystemExit, match="2"):
         make(SMALL, output=tmp_path)

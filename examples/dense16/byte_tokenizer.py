@@ -25,10 +25,7 @@ def byte_characters() -> list[str]:
         *range(ord("®"), ord("ÿ") + 1),
     }
     others = [value for value in range(NUM_BYTES) if value not in printable]
-    return [
-        chr(value) if value in printable else chr(NUM_BYTES + others.index(value))
-        for value in range(NUM_BYTES)
-    ]
+    return [chr(value) if value in printable else chr(NUM_BYTES + others.index(value)) for value in range(NUM_BYTES)]
 
 
 def make_byte_tokenizer(max_length: int | None = None) -> PreTrainedTokenizerFast:
