@@ -276,7 +276,8 @@ class _RangeMax:
 
     def __call__(self, starts: IntArray, stops: IntArray) -> FloatArray:
         level = np.frexp(np.asarray(stops - starts, dtype=np.float64))[1] - 1
-        return np.maximum(self._table[level, starts], self._table[level, stops - (1 << level)])
+        left, right = self._table[level, starts], self._table[level, stops - (1 << level)]
+        return np.asarray(np.maximum(left, right), dtype=np.float64)
 
 
 def _column(values: list[float] | list[int]) -> FloatArray:

@@ -44,8 +44,9 @@ class MemoryTier:
     """Achieved over nominal bandwidth, over 0 and at most 1; measured."""
 
     def __post_init__(self) -> None:
-        _check_positive(self, "capacity_bytes", "bandwidth_bytes_per_second")
-        _check_fraction(self, "usable_fraction", "bandwidth_efficiency")
+        _check(
+            self, "capacity_bytes", "bandwidth_bytes_per_second", "usable_fraction", "bandwidth_efficiency"
+        )
 
     @property
     def usable_bytes(self) -> int:
@@ -78,22 +79,16 @@ class Device:
     """Least seconds of an eagerly launched transformer layer, however small (launch overhead); measured."""
 
     def __post_init__(self) -> None:
-        where = f"Device {self.name!r}"
-        if not self.tiers:
-            raise HardwareError(f"{where} has no memory tiers; give at least the one that holds the weights.")
-        for smaller, larger in pairwise(self.tiers):
-            if smaller.capacity_bytes >= larger.capacity_bytes:
-                raise HardwareError(
-                    f"{where}: tier {smaller.name!r} of {smaller.capacity_bytes} bytes stands before "
-                    f"{larger.name!r} of {larger.capacity_bytes}; order the tiers from small to large."
-                )
-        if not self.peak_flops or len(dict(self.peak_flops)) != len(self.peak_flops):
-            raise HardwareError(f"{where}: peak_flops is {self.peak_flops!r}; give each dtype once, at least one.")
-        for dtype, peak in self.peak_flops:
-            if not 0 < peak < math.inf:
-                raise HardwareError(f"{where}: peak_flops of {dtype} is {peak!r}; it must be over 0 and finite.")
-        _check_fraction(self, "compute_efficiency")
-        _check_not_negative(self, "layer_overhead_seconds")
+        capacities = [tier.capacity_bytes for tier in self.tiers]
+        if not capacities or sorted(set(capacities)) != capacities:
+            bound = "at least one, from small to large"
+            raise HardwareError(f"Device {self.name!r}: its tiers have {capacities} bytes; give {bound}.")
+        peaks = dict(self.peak_flops)
+        sound = all(0 < peak < math.inf for peak in peaks.values())
+        if not sound or not peaks or len(peaks) != len(self.peak_flops):
+            bound = "at least one dtype, each once, with a peak over 0 and finite"
+            raise HardwareError(f"Device {self.name!r}: peak_flops is {self.peak_flops!r}; give {bound}.")
+        _check(self, "compute_efficiency", "layer_overhead_seconds")
 
     @property
     def memory(self) -> MemoryTier:
@@ -101,11 +96,7 @@ class Device:
         return self.tiers[-1]
 
     def flops(self, dtype: str) -> float:
-        """Operations per second achieved in ``dtype``: peak times ``compute_efficiency``.
-
-        Raises:
-            HardwareError: If the device's peak in ``dtype`` is not known.
-        """
+        """Operations per second in practice, peak * efficiency; an unknown dtype raises HardwareError."""
         peaks = dict(self.peak_flops)
         if dtype not in peaks:
             raise HardwareError(f"{self.name} has no peak for dtype {dtype!r}; known: {', '.join(peaks)}.")
@@ -129,18 +120,13 @@ class Link:
     """Achieved over nominal bandwidth of large tensors, over 0 and at most 1; measured."""
 
     def __post_init__(self) -> None:
-        _check_positive(self, "bandwidth_bytes_per_second")
-        _check_not_negative(self, "latency_seconds")
-        _check_fraction(self, "bandwidth_efficiency")
-
-    @property
-    def achieved_bytes_per_second(self) -> float:
-        """Bytes per second in practice: ``bandwidth_bytes_per_second * bandwidth_efficiency``."""
-        return self.bandwidth_bytes_per_second * self.bandwidth_efficiency
+        _check(self, "bandwidth_bytes_per_second", "latency_seconds", "bandwidth_efficiency")
 
     def seconds(self, num_bytes: float) -> float:
         """Seconds to send ``num_bytes``: latency plus bytes over the achieved bandwidth."""
-        return self.latency_seconds + num_bytes / self.achieved_bytes_per_second
+        return self.latency_seconds + num_bytes / (
+            self.bandwidth_bytes_per_second * self.bandwidth_efficiency
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,12 +145,10 @@ class Cluster:
     """``links[i]`` joins ``devices[i]`` and ``devices[i + 1]``."""
 
     def __post_init__(self) -> None:
-        if not self.devices:
-            raise HardwareError("the cluster has no devices; give at least one.")
         if len(self.links) != len(self.devices) - 1:
             raise HardwareError(
-                f"the cluster has {len(self.links)} links for {len(self.devices)} devices; "
-                f"give {len(self.devices) - 1}, one between each two neighbours."
+                f"the cluster has {len(self.devices)} devices and {len(self.links)} links; "
+                "give at least one device, and one link between each two neighbours."
             )
 
     @classmethod
@@ -196,10 +180,8 @@ class Cluster:
             return cls.from_toml(spec)
         name, _, count = spec.partition(":")
         if not (count.isascii() and count.isdecimal() and len(count) < 10):
-            raise HardwareError(
-                f'cluster {spec!r} is not understood; write a device and how many, as in "h100-sxm:16", '
-                "or the path of a .toml file."
-            )
+            forms = 'a device and how many, as in "h100-sxm:16", or the path of a .toml file'
+            raise HardwareError(f"cluster {spec!r} is not understood; write {forms}.")
         return cls.homogeneous(name, int(count))
 
     @classmethod
@@ -207,7 +189,7 @@ class Cluster:
         """The cluster that a TOML file describes: ``[[device]]``, ``[link]`` and ``[[link_between]]``.
 
         Neighbours that neither ``[link]`` nor ``[[link_between]]`` covers use the catalogue's link of their
-        type, and of unequal types the slower one.
+        type, and of unequal types the one that takes longer for 1 MiB.
 
         Raises:
             HardwareError: If the file can't be read, or a value is missing, unknown or out of bounds.
@@ -215,10 +197,10 @@ class Cluster:
         try:
             tables = tomllib.loads(Path(path).read_text(encoding="utf-8"))
             return _build_cluster(_validated(_ClusterFile, tables))
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-            raise HardwareError(f"cluster file {path} can't be read: {error}.") from error
         except HardwareError as error:
             raise HardwareError(f"cluster file {path}: {error}") from error
+        except (OSError, ValueError) as error:  # no such file, no UTF-8, no TOML
+            raise HardwareError(f"cluster file {path} can't be read: {error}.") from error
 
     @property
     def digest(self) -> str:
@@ -227,11 +209,7 @@ class Cluster:
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
     def subset(self, num_devices: int) -> Cluster:
-        """The first ``num_devices`` devices and the links between them.
-
-        Raises:
-            HardwareError: If there are fewer devices than that, or ``num_devices`` is below 1.
-        """
+        """The first ``num_devices`` devices and the links between them; too many raise HardwareError."""
         if not 1 <= num_devices <= len(self.devices):
             raise HardwareError(f"{num_devices} devices were asked for; ask for 1 to {len(self.devices)}.")
         return Cluster(devices=self.devices[:num_devices], links=self.links[: num_devices - 1])
@@ -244,20 +222,12 @@ def catalogue() -> tuple[str, ...]:
 
 
 def load_device(name: str) -> Device:
-    """The catalogue's device of that name.
-
-    Raises:
-        HardwareError: If there is none.
-    """
+    """The catalogue's device of that name; an unknown name raises HardwareError."""
     return _catalogue_file(name).build()
 
 
 def load_link(name: str) -> Link:
-    """The link between neighbours that the catalogue gives for the device of that name.
-
-    Raises:
-        HardwareError: If there is no such device.
-    """
+    """The link between neighbours of that name in the catalogue; an unknown name raises HardwareError."""
     return _catalogue_file(name).link.build()
 
 
@@ -320,19 +290,10 @@ class _CatalogueFile(_DeviceTable):
 class _OwnEntry(_DeviceTable):
     count: int
 
-    def default_link(self) -> Link | None:
-        return None
-
 
 class _CatalogueEntry(_Table):
     type: str
     count: int
-
-    def build(self) -> Device:
-        return load_device(self.type)
-
-    def default_link(self) -> Link | None:
-        return load_link(self.type)
 
 
 class _ClusterFile(_Table):
@@ -341,7 +302,7 @@ class _ClusterFile(_Table):
     link_between: list[_LinkBetweenTable] = []
 
 
-_INNER_TABLES = {"tier": _TierTable, "link": _LinkTable, "link_between": _LinkBetweenTable}
+_INNER: dict[str, type[_Table]] = {"tier": _TierTable, "link": _LinkTable, "link_between": _LinkBetweenTable}
 _TableT = TypeVar("_TableT", bound=_Table)
 
 
@@ -362,7 +323,7 @@ def _problem(model: type[_Table], prefix: str, details: dict[str, Any]) -> str:
     if details["type"] == "missing":
         return f"{path} is missing; add it"
     if details["type"] == "extra_forbidden":
-        parents = [_INNER_TABLES[part] for part in details["loc"][:-1] if part in _INNER_TABLES]
+        parents = [_INNER[part] for part in details["loc"][:-1] if part in _INNER]
         fields = (parents[-1] if parents else model).model_fields
         allowed = ", ".join(field.alias or name for name, field in fields.items())
         return f"{path} is not a known key; allowed here: {allowed}"
@@ -380,39 +341,41 @@ def _catalogue_file(name: str) -> _CatalogueFile:
     return _validated(_CatalogueFile, tomllib.loads(file.read_text(encoding="utf-8")))
 
 
+def _device_entry(table: dict[str, Any], where: str) -> tuple[int, Device, Link | None]:
+    if "type" in table:
+        entry = _validated(_CatalogueEntry, table, where)
+        return entry.count, load_device(entry.type), load_link(entry.type)
+    own = _validated(_OwnEntry, table, where)
+    return own.count, own.build(), None
+
+
 def _build_cluster(tables: _ClusterFile) -> Cluster:
     devices: list[Device] = []
     own_links: list[Link | None] = []
     for position, table in enumerate(tables.device):
-        where = f"device[{position}]"
-        entry: _CatalogueEntry | _OwnEntry = (
-            _validated(_CatalogueEntry, table, where) if "type" in table else _validated(_OwnEntry, table, where)
-        )
-        _check_count(where, entry.count)
-        devices += [entry.build()] * entry.count
-        own_links += [entry.default_link()] * entry.count
+        count, device, link = _device_entry(table, f"device[{position}]")
+        _check_count(f"device[{position}]", count)
+        devices += [device] * count
+        own_links += [link] * count
     between: dict[int, Link] = {}
     for position, exception in enumerate(tables.link_between):
-        if not 0 <= exception.first < len(devices) - 1 or exception.first in between:
-            raise HardwareError(
-                f"link_between[{position}].first is {exception.first}; with {len(devices)} devices it must be "
-                f"0 to {len(devices) - 2}, each at most once (it joins that device and the next)."
-            )
-        between[exception.first] = exception.build()
+        first = exception.first
+        if not 0 <= first < len(devices) - 1 or first in between:
+            bound = f"0 to {len(devices) - 2}, each at most once"
+            raise HardwareError(f"link_between[{position}].first is {first}; it must be {bound}.")
+        between[first] = exception.build()
     default = tables.link.build() if tables.link else None
     links = (
-        between.get(first) or default or _slower_link(first, *pair) for first, pair in enumerate(pairwise(own_links))
+        between.get(i) or default or _slower_link(i, *pair) for i, pair in enumerate(pairwise(own_links))
     )
     return Cluster(devices=tuple(devices), links=tuple(links))
 
 
 def _slower_link(first: int, left: Link | None, right: Link | None) -> Link:
     if left is None or right is None:
-        raise HardwareError(
-            f"no link is known between devices {first} and {first + 1}, as not both are from the catalogue; "
-            f"add [link], or [[link_between]] with first = {first}."
-        )
-    return min(left, right, key=lambda link: link.achieved_bytes_per_second)
+        remedy = f"add [link], or [[link_between]] with first = {first}"
+        raise HardwareError(f"no link is known between devices {first} and {first + 1}; {remedy}.")
+    return max(left, right, key=lambda link: link.seconds(2**20))
 
 
 def _check_count(where: str, count: int) -> None:
@@ -420,24 +383,15 @@ def _check_count(where: str, count: int) -> None:
         raise HardwareError(f"{where}: count is {count!r}; it must be a whole number, 1 to {_MAX_DEVICES}.")
 
 
-def _check_positive(item: MemoryTier | Link, *fields: str) -> None:
+def _check(item: Device | MemoryTier | Link, *fields: str) -> None:
+    """Fractions and efficiencies are over 0 and at most 1, seconds at least 0, all other fields over 0."""
     for field in fields:
-        if not 0 < getattr(item, field) < math.inf:
-            raise _out_of_bounds(item, field, "over 0 and finite")
-
-
-def _check_not_negative(item: Device | Link, *fields: str) -> None:
-    for field in fields:
-        if not 0 <= getattr(item, field) < math.inf:
-            raise _out_of_bounds(item, field, "at least 0 and finite")
-
-
-def _check_fraction(item: Device | MemoryTier | Link, *fields: str) -> None:
-    for field in fields:
-        if not 0 < getattr(item, field) <= 1:
-            raise _out_of_bounds(item, field, "over 0 and at most 1")
-
-
-def _out_of_bounds(item: Device | MemoryTier | Link, field: str, bound: str) -> HardwareError:
-    kind = type(item).__name__
-    return HardwareError(f"{kind} {item.name!r}: {field} is {getattr(item, field)!r}; it must be {bound}.")
+        value = getattr(item, field)
+        holds, bound = 0 < value < math.inf, "over 0 and finite"
+        if field.endswith(("_fraction", "_efficiency")):
+            holds, bound = 0 < value <= 1, "over 0 and at most 1"
+        elif field.endswith("_seconds"):
+            holds, bound = 0 <= value < math.inf, "at least 0 and finite"
+        if not holds:
+            where = f"{type(item).__name__} {item.name!r}: {field}"
+            raise HardwareError(f"{where} is {value!r}; it must be {bound}.")

@@ -78,10 +78,13 @@ def partition(stages: Sequence[StageCosts], num_layers: int) -> tuple[int, ...] 
             f"ask for 1 to {num_layers} stages."
         )
     bound = _bottleneck(stages, _even_cut(stages[0], num_layers, len(stages)))
-    best, _ = _sweep(stages, num_layers, bound, squares=False)
+    distinct = {id(stage): stage for stage in stages}
+    bands = {key: _band(stage, num_layers, bound) for key, stage in distinct.items()}
+    best, _ = _sweep([bands[id(stage)] for stage in stages], num_layers, combine=np.maximum)
     if not np.isfinite(best):
         return None
-    _, boundaries = _sweep(stages, num_layers, best, squares=True)
+    squares = {key: np.where(band <= best, np.square(band), np.inf) for key, band in bands.items()}
+    _, boundaries = _sweep([squares[id(stage)] for stage in stages], num_layers, combine=np.add)
     return boundaries
 
 
@@ -126,23 +129,16 @@ def _band(stage: StageCosts, num_layers: int, bound: float) -> FloatArray:
     return np.where(inside & (costs <= limit), costs, np.inf)
 
 
-def _sweep(
-    stages: Sequence[StageCosts], num_layers: int, bound: float, *, squares: bool
-) -> tuple[float, tuple[int, ...]]:
-    """One pass of the dynamic program; the least maximum, or the least sum of squares below ``bound``."""
-    bands: dict[int, FloatArray] = {}
+def _sweep(bands: Sequence[FloatArray], num_layers: int, *, combine: np.ufunc) -> tuple[float, tuple[int, ...]]:
+    """One pass of the dynamic program: least combined cost (``np.maximum`` or ``np.add``) and its boundaries."""
     best = np.full(num_layers + 1, np.inf)
     best[0] = 0.0
     choices = []
-    for stage in stages:
-        if id(stage) not in bands:
-            band = _band(stage, num_layers, bound)
-            bands[id(stage)] = np.square(band) if squares else band
-        costs = bands[id(stage)]
+    for costs in bands:
         width = costs.shape[1]
         padded = np.concatenate([np.full(width - 1, np.inf), best[:-1]])
         before = sliding_window_view(padded, width)[:, ::-1]  # [stop - 1, k] is best[stop - 1 - k]
-        reached = before + costs if squares else np.maximum(before, costs)
+        reached = combine(before, costs)
         choice = np.argmin(reached, axis=1)
         choices.append(choice)
         best = np.concatenate([[np.inf], reached[np.arange(num_layers), choice]])

@@ -25,13 +25,7 @@ _TEXT = re.compile(r"([0-9]{1,30}(?:\.[0-9]{1,30})?(?:[eE][+-]?[0-9]{1,2})?)\s*(
 
 
 def parse_bytes(value: str | int) -> int:
-    """Bytes from text such as "80 GB", "50 MiB" or "1024"; exact.
-
-    Args:
-        value: A number with a unit (kB, MB, ... are powers of 1000; KiB, MiB, ... of 1024), or bytes.
-
-    Returns:
-        Bytes.
+    """Bytes, exactly, from text such as "80 GB" (1000s), "50 MiB" (1024s) or "1024", or from a number.
 
     Raises:
         InvalidInputError: If the text has another form, is negative, or is no whole number of bytes.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from lp_plugin.errors import InfeasibleError
 from lp_plugin.hardware import Cluster
@@ -48,25 +49,21 @@ def infeasible_error(profile: ModelProfile, cluster: Cluster, workload: Workload
 def _remedies(profile: ModelProfile, cluster: Cluster, workload: Workload) -> Iterator[str]:
     """Single changes that fit, the least intrusive first."""
 
-    def with_field(name: str) -> Callable[[int], bool]:
-        return lambda value: _feasible(profile, cluster, dataclasses.replace(workload, **{name: value}))
+    def feasible(**change: Any) -> bool:
+        return _feasible(profile, cluster, dataclasses.replace(workload, **change))
 
     if workload.micro_batch is not None:
-        micro_batch = _largest(workload.micro_batch - 1, with_field("micro_batch"))
+        micro_batch = _largest(workload.micro_batch - 1, lambda value: feasible(micro_batch=value))
         if micro_batch:
             yield f"--micro-batch {micro_batch} instead of {workload.micro_batch}"
     stages = _fewest_devices(profile, cluster, workload)
     if stages:
         yield f"{stages} devices instead of {len(cluster.devices)}"
     if workload.phase == "decode":  # elsewhere only the micro-batch takes memory
-        open_cut = dataclasses.replace(workload, micro_batch=None)
-        batch = _largest(
-            workload.batch - 1,
-            lambda value: _feasible(profile, cluster, dataclasses.replace(open_cut, batch=value)),
-        )
+        batch = _largest(workload.batch - 1, lambda value: feasible(batch=value, micro_batch=None))
         if batch:
             yield f"--batch {batch} instead of {workload.batch}"
-    sequence = _largest(workload.sequence - 1, with_field("sequence"))
+    sequence = _largest(workload.sequence - 1, lambda value: feasible(sequence=value))
     if sequence:
         yield f"--sequence {sequence} instead of {workload.sequence}"
 

@@ -1,0 +1,1 @@
+"""Benchmarks: figures beside those of other tools, from one run."""

@@ -1,0 +1,1 @@
+"""Measuring on the real device: what is there, and how long layers take. Needs torch."""

@@ -1,0 +1,1 @@
+"""The scoring job of ``lp-plugin run``: documents in, log-likelihoods out."""

@@ -1,0 +1,135 @@
+"""The ``"lp_plugin"`` section of a DeepSpeed JSON configuration."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+
+from lp_plugin.errors import DeepSpeedConfigError
+from lp_plugin.plan import Objective
+from lp_plugin.workload import Phase
+
+__all__ = ["InputSpec", "Section", "Settings", "read_settings"]
+
+
+class InputSpec(BaseModel):
+    """One tensor of the sample that ``profile`` feeds to the first layer."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    shape: Annotated[list[PositiveInt], Field(min_length=1)]
+    """Of one micro-batch, the batch dimension first."""
+    dtype: Literal["float32", "float16", "bfloat16", "int64"] = "float32"
+    """Floating-point values are drawn from a normal distribution, integers from 0 to ``high - 1``."""
+    high: PositiveInt = 2
+    """One more than the largest integer, e.g. the size of the vocabulary."""
+
+
+class Section(BaseModel):
+    """What a user may write under ``"lp_plugin"``; every key may be left out."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    method: str | None = None
+    """``cache-aware``, ``profile``, ``plan:PATH`` or one of DeepSpeed's own; overrides ``partition_method``."""
+    plan: str | None = None
+    """A plan file; the same as ``"method": "plan:PATH"``."""
+    device: str = "auto"
+    """``auto`` asks the driver; else a name of the catalogue or a cluster file."""
+    objective: Objective = "throughput"
+    """``throughput``: slowest stage as fast as possible; ``memory``: fullest device as empty as possible."""
+    phase: Phase | None = None
+    """Left out: ``train`` if the configuration has an optimizer, else ``prefill``."""
+    sequence: PositiveInt = 1
+    """Tokens per sample, for costs and activations."""
+    input: list[InputSpec] | InputSpec | None = None
+    """What ``profile`` feeds to the first layer; inferred from an embedding or linear layer if left out."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """The section together with what the rest of the configuration says about the workload."""
+
+    section: Section
+    """As written."""
+    micro_batch: int = 1
+    """``train_micro_batch_size_per_gpu``."""
+    num_micro_batches: int = 1
+    """``gradient_accumulation_steps``."""
+    dtype: str = "float32"
+    """From ``fp16`` and ``bf16``."""
+    has_optimizer: bool = False
+    """Whether the configuration names an optimizer."""
+
+    @property
+    def method(self) -> str | None:
+        """The method asked for, a plan file included; None leaves it to the script."""
+        return f"plan:{self.section.plan}" if self.section.plan is not None else self.section.method
+
+    @property
+    def phase(self) -> Phase:
+        """The section's phase, or what the optimizer implies."""
+        return self.section.phase or ("train" if self.has_optimizer else "prefill")
+
+
+def read_settings(config: str | Path | Mapping[str, Any]) -> Settings:
+    """Reads a DeepSpeed configuration, file or dict.
+
+    Raises:
+        DeepSpeedConfigError: If the file can't be read, or the section has an unknown key or a wrong value.
+    """
+    where = "the DeepSpeed configuration" if isinstance(config, Mapping) else str(config)
+    content = dict(config) if isinstance(config, Mapping) else _read_json(Path(config))
+    raw = content.get("lp_plugin", {})
+    try:
+        section = Section.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(["lp_plugin", *(str(part) for part in first["loc"])])
+        known = ", ".join(Section.model_fields)
+        raise DeepSpeedConfigError(
+            f"{where}: {key} is {first['input']!r}: {first['msg'].lower()}. Known keys: {known}."
+        ) from None
+    if section.plan is not None and section.method is not None:
+        raise DeepSpeedConfigError(f'{where}: lp_plugin has both "plan" and "method"; keep one.')
+    return Settings(
+        section=section,
+        micro_batch=_positive(content, "train_micro_batch_size_per_gpu", where),
+        num_micro_batches=_positive(content, "gradient_accumulation_steps", where),
+        dtype=_dtype(content),
+        has_optimizer="optimizer" in content,
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DeepSpeedConfigError(f"{path} does not exist; give the DeepSpeed configuration's path.") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise DeepSpeedConfigError(f"{path} can't be read as JSON: {error}.") from None
+    if not isinstance(content, dict):
+        raise DeepSpeedConfigError(f"{path} holds a JSON {type(content).__name__}; a configuration is an object.")
+    return content
+
+
+def _positive(content: Mapping[str, Any], key: str, where: str) -> int:
+    value = content.get(key, 1)
+    if value == "auto":  # Hugging Face's Trainer fills these in later
+        return 1
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise DeepSpeedConfigError(f"{where}: {key} is {value!r}; it must be a whole number of at least 1.")
+    return value
+
+
+def _dtype(content: Mapping[str, Any]) -> str:
+    for key, dtype in (("fp16", "float16"), ("bf16", "bfloat16"), ("bfloat16", "bfloat16")):
+        part = content.get(key)
+        if isinstance(part, Mapping) and part.get("enabled") is True:
+            return dtype
+    return "float32"

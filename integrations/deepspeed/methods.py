@@ -1,0 +1,176 @@
+"""Partition methods ``cache-aware``, ``profile`` and ``plan:PATH`` for every PipelineModule.
+
+DeepSpeed has no registry for partition methods, and the partition is made in the module's constructor, before
+``deepspeed.initialize`` sees the configuration. So importing ``lp_plugin.integrations.deepspeed`` wraps
+``PipelineModule._partition_layers``, which all subclasses share; methods that are not ours go on to DeepSpeed.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed import comm as dist
+from deepspeed.accelerator import get_accelerator
+from deepspeed.pipe import PipelineModule
+from deepspeed.utils import logger
+
+from lp_plugin.errors import DeepSpeedConfigError, PlanFileError
+from lp_plugin.hardware import Cluster, Device, Link, load_link
+from lp_plugin.integrations.deepspeed.config import Settings
+from lp_plugin.integrations.deepspeed.layers import build_layer, distinct_numbers, profile_layers, undisturbed_random
+from lp_plugin.integrations.deepspeed.sample import sample_input
+from lp_plugin.measure.device import detect_device
+from lp_plugin.measure.layers import LayerFailed, LayerSeconds, time_layers
+from lp_plugin.model import ModelProfile
+from lp_plugin.plan import Plan
+from lp_plugin.planfile import load_plan
+from lp_plugin.planner import make_plan
+from lp_plugin.workload import Workload
+
+__all__ = ["decide", "detected_cluster", "install", "timed_profile"]
+
+
+def install(settings_of: Callable[[PipelineModule], Settings]) -> None:
+    """Makes the methods known to PipelineModule and its subclasses; a second call changes nothing.
+
+    Args:
+        settings_of: The settings that apply to a module.
+    """
+    original = PipelineModule._partition_layers
+    if hasattr(original, "__wrapped__"):
+        return
+
+    @functools.wraps(original)
+    def _partition_layers(self: PipelineModule, method: str = "uniform") -> None:
+        settings = settings_of(self)
+        chosen = settings.method or method
+        plan = decide(self, chosen, settings)
+        if plan is None:
+            original(self, method=chosen)
+            return
+        self.lp_plan = plan
+        self.parts = list(plan.boundaries)
+        if self.global_rank == 0:
+            logger.info(f"lp_plugin: method {chosen}, boundaries {self.parts}")
+            for note in plan.notes:
+                logger.info(f"lp_plugin: {note}")
+        stage = self._topo.get_coord(self.global_rank).pipe
+        self._set_bounds(start=self.parts[stage], stop=self.parts[stage + 1])
+
+    PipelineModule._partition_layers = _partition_layers
+
+
+def decide(module: PipelineModule, method: str, settings: Settings) -> Plan | None:
+    """The plan that a method asks for; None if the method is DeepSpeed's own.
+
+    Raises:
+        PlanFileError: If a plan file does not fit the module.
+        InfeasibleError, WorkloadError, HardwareError: From the planner.
+        DeepSpeedConfigError: If ``profile`` can't tell what the first layer takes.
+    """
+    if method.lower().startswith("plan:"):
+        return _plan_from_file(method[len("plan:") :], module)
+    if method.lower() not in {"cache-aware", "profile"}:
+        return None
+    profile = profile_layers(module._layer_specs, settings.dtype)
+    workload = Workload(
+        phase=settings.phase,
+        batch=settings.micro_batch * settings.num_micro_batches,
+        sequence=settings.section.sequence,
+        micro_batch=settings.micro_batch,
+    )
+    if method.lower() == "profile":
+        specs = module._layer_specs
+        sample = sample_input(specs, settings, _device_name())
+        profile = timed_profile(
+            profile,
+            distinct_numbers(specs),
+            lambda index: build_layer(specs[index], _device_name()),
+            sample,
+            training=settings.phase == "train",
+        )
+    cluster = detected_cluster(module, settings.section.device)
+    return make_plan(profile, cluster, workload, module.num_stages, objective=settings.section.objective)
+
+
+def timed_profile(
+    profile: ModelProfile,
+    numbers: list[int],
+    build: Callable[[int], Callable[[Any], Any]],
+    sample: Any,
+    *,
+    training: bool,
+) -> ModelProfile:
+    """The profile with seconds measured on the real devices; ranks share the distinct layers and the results.
+
+    Collective: every rank of the job calls it.
+
+    Raises:
+        DeepSpeedConfigError: If a layer can't take what the one before hands on.
+    """
+    failure: str | None = None
+    mine: dict[int, LayerSeconds] = {}
+    with undisturbed_random():
+        try:
+            mine = time_layers(numbers, build, sample, training=training, share=(dist.get_rank(), dist.get_world_size()))
+        except LayerFailed as error:
+            failure = f"{profile.layers[error.position].name}: {error}"
+    gathered: list[tuple[dict[int, LayerSeconds], str | None]] = [({}, None)] * dist.get_world_size()
+    torch.distributed.all_gather_object(gathered, (mine, failure))
+    for _, message in gathered:
+        if message is not None:
+            raise DeepSpeedConfigError(
+                f'partition_method "profile" could not time a layer: {message}. Describe the first layer\'s input '
+                'under "lp_plugin": {"input": {"shape": [...], "dtype": ...}}.'
+            )
+    seconds = {position: value for part, _ in gathered for position, value in part.items()}
+    ordered = [seconds[position] for position in range(profile.num_layers)]
+    backward = [each.backward for each in ordered] if training else None
+    return profile.with_seconds([each.forward for each in ordered], backward)
+
+
+def detected_cluster(module: PipelineModule, device: str) -> Cluster:
+    """One device per stage: as each rank finds its own, or as the user names them.
+
+    Collective if ``device`` is ``auto``: stages may run on unequal devices.
+    """
+    if device != "auto":
+        if Path(device).suffix == ".toml":
+            return Cluster.from_toml(device)
+        return Cluster.homogeneous(device, module.num_stages)
+    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or dist.get_world_size())
+    mine = detect_device(int(os.environ.get("LOCAL_RANK", "0")), local_processes)
+    found: list[Device] = [mine] * dist.get_world_size()
+    torch.distributed.all_gather_object(found, mine)
+    ranks = [min(module._topo.filter_match(pipe=stage)) for stage in range(module.num_stages)]
+    devices = tuple(found[rank] for rank in ranks)
+    links = tuple(_slower(load_link(left.name), load_link(right.name)) for left, right in zip(devices, devices[1:]))  # noqa: B905, RUF007
+    return Cluster(devices=devices, links=links)
+
+
+def _slower(left: Link, right: Link) -> Link:
+    return min(left, right, key=lambda link: link.bandwidth_bytes_per_second)
+
+
+def _plan_from_file(path: str, module: PipelineModule) -> Plan:
+    plan = load_plan(path)
+    if len(plan.layers) != len(module._layer_specs):
+        raise PlanFileError(
+            f"{path} places {len(plan.layers)} layers of {plan.model_name}, but this PipelineModule has "
+            f"{len(module._layer_specs)}. Make a plan for this model."
+        )
+    if plan.num_stages != module.num_stages:
+        raise PlanFileError(
+            f"{path} has {plan.num_stages} stages, but this PipelineModule has {module.num_stages}. "
+            f"Make a plan with --stages {module.num_stages}, or start the job with {plan.num_stages} stages."
+        )
+    return plan
+
+
+def _device_name() -> str:
+    return str(get_accelerator().device_name(int(os.environ.get("LOCAL_RANK", "0"))))

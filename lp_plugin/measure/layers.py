@@ -1,0 +1,134 @@
+"""Seconds of each layer of a chain on the real device, every distinct layer once."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lp_plugin.errors import LpPluginError
+
+__all__ = ["LayerFailed", "LayerSeconds", "synchronize", "time_layers"]
+
+WARM_UP = 2
+REPEATS = 5
+
+
+class LayerFailed(LpPluginError):
+    """A layer could not be built or run on the sample input; carries the layer's position."""
+
+    def __init__(self, position: int, cause: Exception) -> None:
+        self.position = position
+        super().__init__(f"layer {position} failed: {type(cause).__name__}: {cause}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerSeconds:
+    """Median seconds of one micro-batch."""
+
+    forward: float
+    """Forward pass without gradients, or with them when training."""
+    backward: float
+    """Backward pass; 0 unless training."""
+
+
+def time_layers(
+    signatures: Sequence[Hashable],
+    build: Callable[[int], Callable[[Any], Any]],
+    sample: Any,
+    *,
+    training: bool,
+    share: tuple[int, int] = (0, 1),
+) -> dict[int, LayerSeconds]:
+    """Times this process's share of the distinct layers.
+
+    Layers are distinct if their signature or the shapes of their input differ. Each distinct layer is built once,
+    alone, run once for its output's shape, and dropped; the ``k``-th is timed by the process whose turn it is.
+
+    Args:
+        signatures: One per layer; equal signatures promise equal cost on equal inputs.
+        build: Makes layer ``i`` on the device.
+        sample: Input of the first layer: a tensor or tuple of tensors on the device.
+        training: Whether to time a backward pass too.
+        share: (turn, number of processes).
+
+    Returns:
+        For every layer whose distinct representative was timed here, its seconds; the processes' results together
+        cover all layers.
+
+    Raises:
+        LayerFailed: If a layer can't take what the one before hands on.
+    """
+    turn, processes = share
+    outputs: dict[Hashable, Any] = {}
+    timed: dict[Hashable, LayerSeconds] = {}
+    result = {}
+    value = sample
+    for position, signature in enumerate(signatures):
+        key = (signature, _shapes(value))
+        if key not in outputs:
+            number = len(outputs)
+            try:
+                layer = build(position)
+                with torch.no_grad():
+                    outputs[key] = layer(value)
+                if number % processes == turn:
+                    timed[key] = _median_seconds(layer, value, training=training)
+            except Exception as error:  # whatever the user's layer raises is reported with its position
+                raise LayerFailed(position, error) from error
+        if key in timed:
+            result[position] = timed[key]
+        value = outputs[key]
+    return result
+
+
+def synchronize() -> None:
+    """Waits for the GPU, if there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _median_seconds(layer: Callable[[Any], Any], value: Any, *, training: bool) -> LayerSeconds:
+    forward, backward = [], []
+    for _ in range(WARM_UP + REPEATS):
+        given = _fresh(value, requires_grad=training)
+        with torch.set_grad_enabled(training):
+            synchronize()
+            start = time.perf_counter()
+            output = layer(given)
+            synchronize()
+            middle = time.perf_counter()
+            if training:
+                _backward(output)
+                synchronize()
+        forward.append(middle - start)
+        backward.append(time.perf_counter() - middle if training else 0.0)
+    return LayerSeconds(
+        forward=statistics.median(forward[WARM_UP:]), backward=statistics.median(backward[WARM_UP:])
+    )
+
+
+def _tensors(value: Any) -> tuple[torch.Tensor, ...]:
+    return tuple(value) if isinstance(value, (tuple, list)) else (value,)
+
+
+def _shapes(value: Any) -> tuple[tuple[tuple[int, ...], str], ...]:
+    return tuple((tuple(tensor.shape), str(tensor.dtype)) for tensor in _tensors(value))
+
+
+def _fresh(value: Any, *, requires_grad: bool) -> Any:
+    """The same values without history; floating-point ones ask for gradients when training."""
+    fresh = tuple(
+        tensor.detach().requires_grad_(requires_grad and tensor.is_floating_point()) for tensor in _tensors(value)
+    )
+    return fresh if isinstance(value, (tuple, list)) else fresh[0]
+
+
+def _backward(output: Any) -> None:
+    tensors = [tensor for tensor in _tensors(output) if tensor.requires_grad]
+    if tensors:
+        torch.autograd.backward(tensors, [torch.ones_like(tensor) for tensor in tensors])
