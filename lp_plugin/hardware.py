@@ -44,9 +44,7 @@ class MemoryTier:
     """Achieved over nominal bandwidth, over 0 and at most 1; measured."""
 
     def __post_init__(self) -> None:
-        _check(
-            self, "capacity_bytes", "bandwidth_bytes_per_second", "usable_fraction", "bandwidth_efficiency"
-        )
+        _check(self, "capacity_bytes", "bandwidth_bytes_per_second", "usable_fraction", "bandwidth_efficiency")
 
     @property
     def usable_bytes(self) -> int:
@@ -124,9 +122,7 @@ class Link:
 
     def seconds(self, num_bytes: float) -> float:
         """Seconds to send ``num_bytes``: latency plus bytes over the achieved bandwidth."""
-        return self.latency_seconds + num_bytes / (
-            self.bandwidth_bytes_per_second * self.bandwidth_efficiency
-        )
+        return self.latency_seconds + num_bytes / (self.bandwidth_bytes_per_second * self.bandwidth_efficiency)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -365,9 +361,7 @@ def _build_cluster(tables: _ClusterFile) -> Cluster:
             raise HardwareError(f"link_between[{position}].first is {first}; it must be {bound}.")
         between[first] = exception.build()
     default = tables.link.build() if tables.link else None
-    links = (
-        between.get(i) or default or _slower_link(i, *pair) for i, pair in enumerate(pairwise(own_links))
-    )
+    links = (between.get(i) or default or _slower_link(i, *pair) for i, pair in enumerate(pairwise(own_links)))
     return Cluster(devices=tuple(devices), links=tuple(links))
 
 

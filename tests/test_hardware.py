@@ -112,9 +112,7 @@ def test_each_entry_is_sane(name):
 @pytest.mark.parametrize("name", catalogue())
 def test_each_figure_has_its_source(name):
     text = (resources.files("lp_plugin") / "hardware" / f"{name}.toml").read_text(encoding="utf-8")
-    figures = [
-        line for line in text.splitlines() if re.match(r"[a-z0-9_]+ = ", line) and "name =" not in line
-    ]
+    figures = [line for line in text.splitlines() if re.match(r"[a-z0-9_]+ = ", line) and "name =" not in line]
     assert len(figures) >= 15
     for line in figures:
         assert re.search(r"\S  # source: \S.{9,}", line), line
@@ -131,9 +129,7 @@ def test_measured_figures_of_the_h200():
 
 
 def test_an_unknown_device_gets_a_suggestion():
-    with pytest.raises(
-        HardwareError, match=r"'H100_SXM' is not in the catalogue; did you mean h100-sxm"
-    ) as error:
+    with pytest.raises(HardwareError, match=r"'H100_SXM' is not in the catalogue; did you mean h100-sxm") as error:
         Cluster.parse("H100_SXM:4")
     assert all(name in str(error.value) for name in catalogue())
     with pytest.raises(HardwareError, match="not in the catalogue; known: "):
@@ -141,9 +137,7 @@ def test_an_unknown_device_gets_a_suggestion():
 
 
 def test_an_unknown_dtype_lists_those_known():
-    with pytest.raises(
-        HardwareError, match="a100-80g has no peak for dtype 'float8'; known: bfloat16, float16"
-    ):
+    with pytest.raises(HardwareError, match="a100-80g has no peak for dtype 'float8'; known: bfloat16, float16"):
         load_device("a100-80g").flops("float8")
 
 
@@ -165,13 +159,9 @@ def test_one_own_device_needs_no_link():
         Cluster.homogeneous(device(), 2)
 
 
-@pytest.mark.parametrize(
-    "spec", ["h200", "h200:", "h200:x", "h200:-1", "h200:1.5", "h200:²", "", "h200:9999999999"]
-)
+@pytest.mark.parametrize("spec", ["h200", "h200:", "h200:x", "h200:-1", "h200:1.5", "h200:²", "", "h200:9999999999"])
 def test_a_spec_of_another_form_is_refused(spec):
-    with pytest.raises(
-        HardwareError, match='is not understood; write a device and how many, as in "h100-sxm:16"'
-    ):
+    with pytest.raises(HardwareError, match='is not understood; write a device and how many, as in "h100-sxm:16"'):
         Cluster.parse(spec)
 
 
@@ -200,10 +190,7 @@ def test_the_digest_is_stable_and_sensitive():
     card = device()
     cluster = Cluster(devices=(card, card), links=(link(),))
     assert cluster.digest == "2294507deea35fe764ff96d64aad1eddf68014d1112c5ae57b05868558ff99ec"
-    assert (
-        Cluster(devices=(card, card), links=(link(bandwidth_bytes_per_second=10**9),)).digest
-        == cluster.digest
-    )
+    assert Cluster(devices=(card, card), links=(link(bandwidth_bytes_per_second=10**9),)).digest == cluster.digest
     changed = [
         Cluster(devices=(card, dataclasses.replace(card, **change)), links=cluster.links)
         for change in (
@@ -254,9 +241,7 @@ def test_bounds(make, change, message):
 
 def test_a_cluster_has_one_link_fewer_than_devices():
     for devices, links in (((), ()), ((device(),), (link(),)), ((device(), device()), ())):
-        with pytest.raises(
-            HardwareError, match=f"has {len(devices)} devices and {len(links)} links; give at least"
-        ):
+        with pytest.raises(HardwareError, match=f"has {len(devices)} devices and {len(links)} links; give at least"):
             Cluster(devices=devices, links=links)
 
 

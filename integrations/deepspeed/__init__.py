@@ -50,7 +50,7 @@ def configure(config: str | Path | Mapping[str, Any]) -> Settings:
     return _configured
 
 
-class PipelineModule(deepspeed.pipe.PipelineModule):  # type: ignore[misc]
+class PipelineModule(deepspeed.pipe.PipelineModule):
     """DeepSpeed's PipelineModule with ``cache-aware`` as its default partition method.
 
     Args:
@@ -74,7 +74,7 @@ class PipelineModule(deepspeed.pipe.PipelineModule):  # type: ignore[misc]
 
 
 def _settings_of(module: deepspeed.pipe.PipelineModule) -> Settings:
-    return module.__dict__.get("lp_settings", _configured)  # type: ignore[no-any-return]
+    return module.__dict__.get("lp_settings", _configured)
 
 
 install(_settings_of)

@@ -58,7 +58,7 @@ def build_layer(spec: Any, device: str) -> Callable[[Any], Any]:
         return _built(spec, device)
     if isinstance(spec, torch.nn.Module):
         return spec if device == "meta" else copy.deepcopy(spec).to(device)
-    return spec  # type: ignore[no-any-return]  # a plain function
+    return spec  # a plain function
 
 
 def _built(spec: Any, device: str) -> torch.nn.Module:
@@ -66,10 +66,10 @@ def _built(spec: Any, device: str) -> torch.nn.Module:
     if device == "meta":
         try:
             with torch.device("meta"):
-                return spec.build()  # type: ignore[no-any-return]
+                return spec.build()
         except (NotImplementedError, RuntimeError):
-            return spec.build()  # type: ignore[no-any-return]
-    return spec.build().to(device)  # type: ignore[no-any-return]
+            return spec.build()
+    return spec.build().to(device)
 
 
 def distinct_numbers(specs: Sequence[Any]) -> list[int]:

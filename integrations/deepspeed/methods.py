@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from lp_plugin.integrations.deepspeed.config import Settings
 from lp_plugin.integrations.deepspeed.layers import build_layer, distinct_numbers, profile_layers, undisturbed_random
 from lp_plugin.integrations.deepspeed.sample import sample_input
 from lp_plugin.measure.device import detect_device
-from lp_plugin.measure.layers import LayerFailed, LayerSeconds, time_layers
+from lp_plugin.measure.layers import LayerFailedError, LayerSeconds, time_layers
 from lp_plugin.model import ModelProfile
 from lp_plugin.plan import Plan
 from lp_plugin.planfile import load_plan
@@ -117,8 +118,10 @@ def timed_profile(
     mine: dict[int, LayerSeconds] = {}
     with undisturbed_random():
         try:
-            mine = time_layers(numbers, build, sample, training=training, share=(dist.get_rank(), dist.get_world_size()))
-        except LayerFailed as error:
+            mine = time_layers(
+                numbers, build, sample, training=training, share=(dist.get_rank(), dist.get_world_size())
+            )
+        except LayerFailedError as error:
             failure = f"{profile.layers[error.position].name}: {error}"
     gathered: list[tuple[dict[int, LayerSeconds], str | None]] = [({}, None)] * dist.get_world_size()
     torch.distributed.all_gather_object(gathered, (mine, failure))
@@ -149,7 +152,7 @@ def detected_cluster(module: PipelineModule, device: str) -> Cluster:
     torch.distributed.all_gather_object(found, mine)
     ranks = [min(module._topo.filter_match(pipe=stage)) for stage in range(module.num_stages)]
     devices = tuple(found[rank] for rank in ranks)
-    links = tuple(_slower(load_link(left.name), load_link(right.name)) for left, right in zip(devices, devices[1:]))  # noqa: B905, RUF007
+    links = tuple(_slower(load_link(left.name), load_link(right.name)) for left, right in pairwise(devices))
     return Cluster(devices=devices, links=links)
 
 

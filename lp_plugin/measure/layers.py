@@ -12,13 +12,13 @@ import torch
 
 from lp_plugin.errors import LpPluginError
 
-__all__ = ["LayerFailed", "LayerSeconds", "synchronize", "time_layers"]
+__all__ = ["LayerFailedError", "LayerSeconds", "synchronize", "time_layers"]
 
 WARM_UP = 2
 REPEATS = 5
 
 
-class LayerFailed(LpPluginError):
+class LayerFailedError(LpPluginError):
     """A layer could not be built or run on the sample input; carries the layer's position."""
 
     def __init__(self, position: int, cause: Exception) -> None:
@@ -61,7 +61,7 @@ def time_layers(
         cover all layers.
 
     Raises:
-        LayerFailed: If a layer can't take what the one before hands on.
+        LayerFailedError: If a layer can't take what the one before hands on.
     """
     turn, processes = share
     outputs: dict[Hashable, Any] = {}
@@ -79,7 +79,7 @@ def time_layers(
                 if number % processes == turn:
                     timed[key] = _median_seconds(layer, value, training=training)
             except Exception as error:  # whatever the user's layer raises is reported with its position
-                raise LayerFailed(position, error) from error
+                raise LayerFailedError(position, error) from error
         if key in timed:
             result[position] = timed[key]
         value = outputs[key]
@@ -107,9 +107,7 @@ def _median_seconds(layer: Callable[[Any], Any], value: Any, *, training: bool) 
                 synchronize()
         forward.append(middle - start)
         backward.append(time.perf_counter() - middle if training else 0.0)
-    return LayerSeconds(
-        forward=statistics.median(forward[WARM_UP:]), backward=statistics.median(backward[WARM_UP:])
-    )
+    return LayerSeconds(forward=statistics.median(forward[WARM_UP:]), backward=statistics.median(backward[WARM_UP:]))
 
 
 def _tensors(value: Any) -> tuple[torch.Tensor, ...]:

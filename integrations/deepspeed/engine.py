@@ -1,0 +1,171 @@
+"""DeepSpeed's pipeline engine for inference: built without its chatter, its instructions timed."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed import comm as dist
+from deepspeed.pipe import PipelineModule
+from deepspeed.runtime.pipe import schedule
+from deepspeed.utils import logger
+
+from lp_plugin.measure.layers import synchronize
+from lp_plugin.schedule import Interval
+
+__all__ = ["InstructionTimer", "StageTimes", "build_engine", "init_distributed", "quiet", "stage_alone_seconds"]
+
+
+def init_distributed() -> None:
+    """Joins the job that torchrun or another launcher started: NCCL with GPUs, Gloo without.
+
+    On CPUs DeepSpeed would first compile a shared-memory all-reduce (about a minute, a compiler needed), which a
+    pipeline never calls; it is told that the operator is not available.
+    """
+    cuda = torch.cuda.is_available()
+    if not cuda:
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    with quiet():
+        deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo")
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Holds back DeepSpeed's prints and log lines below warnings."""
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def build_engine(module: PipelineModule, *, micro_batch: int, num_micro_batches: int, dtype: str) -> Any:
+    """A ``PipelineEngine`` without optimizer.
+
+    Args:
+        module: Built and loaded.
+        micro_batch: Sequences per micro-batch.
+        num_micro_batches: Micro-batches of an ordinary ``eval_batch``.
+        dtype: Precision of the module's weights.
+    """
+    config = {
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": num_micro_batches,
+        "steps_per_print": 2**31,
+        "fp16": {"enabled": dtype == "float16"},
+        "bf16": {"enabled": dtype == "bfloat16"},
+    }
+    with quiet():
+        engine, _, _, _ = deepspeed.initialize(model=module, config=config)
+    return engine
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageTimes:
+    """What one rank did in one ``eval_batch``."""
+
+    wall_seconds: float
+    """From the common start to this rank's last instruction."""
+    intervals: tuple[Interval, ...]
+    """Its instructions, from the common start."""
+
+    def busy_seconds(self, kind: str) -> float:
+        """Sum over the intervals of a kind."""
+        return sum(each.stop_seconds - each.start_seconds for each in self.intervals if each.kind == kind)
+
+
+class InstructionTimer:
+    """Times every forward, send and receive of an engine, with CUDA events on GPUs.
+
+    The engine keeps its own schedule and instructions; its ``_INSTRUCTION_MAP`` is replaced on the instance by
+    functions that mark the time before and after.
+    """
+
+    _KINDS = ((schedule.ForwardPass, "forward"), (schedule.SendActivation, "send"), (schedule.RecvActivation, "recv"))
+
+    def __init__(self, engine: Any) -> None:
+        self._stage = engine.stage_id
+        self._marks: list[tuple[str, Any, Any]] = []
+        self._start: Any = None
+        table = dict(engine._INSTRUCTION_MAP)
+        for instruction, kind in self._KINDS:
+            table[instruction] = self._timed(table[instruction], kind)
+        engine._INSTRUCTION_MAP = table
+
+    def start(self) -> None:
+        """Sets the common start: all ranks meet in a barrier first."""
+        self._marks.clear()
+        dist.barrier()
+        synchronize()
+        self._start = _mark()
+
+    def stop(self) -> StageTimes:
+        """Waits for the device and returns what was done since `start`."""
+        end = _mark()
+        synchronize()
+        counts: dict[str, int] = {}
+        intervals = []
+        for kind, before, after in self._marks:
+            number = counts.setdefault(kind, 0)
+            counts[kind] += 1
+            intervals.append(
+                Interval(
+                    stage=self._stage,
+                    micro_batch=number,
+                    start_seconds=_elapsed(self._start, before),
+                    stop_seconds=_elapsed(self._start, after),
+                    kind=kind,
+                )
+            )
+        return StageTimes(wall_seconds=_elapsed(self._start, end), intervals=tuple(intervals))
+
+    def _timed(self, instruction: Callable[..., None], kind: str) -> Callable[..., None]:
+        def run(engine: Any, *args: Any, **kwargs: Any) -> None:
+            before = _mark()
+            instruction(engine, *args, **kwargs)
+            self._marks.append((kind, before, _mark()))
+
+        return run
+
+
+def stage_alone_seconds(module: PipelineModule, inputs: Any, repeats: int = 5) -> float:
+    """Median seconds of this rank's stage on one micro-batch, without pipeline or neighbours.
+
+    Args:
+        module: This rank's layers.
+        inputs: A micro-batch of what the stage takes, on the device.
+        repeats: Timed passes, after as many as 2 to warm up.
+    """
+    seconds = []
+    with torch.no_grad():
+        for _ in range(2 + repeats):
+            synchronize()
+            start = time.perf_counter()
+            module(inputs)
+            synchronize()
+            seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[2:])
+
+
+def _mark() -> Any:
+    if not torch.cuda.is_available():
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _elapsed(start: Any, stop: Any) -> float:
+    if isinstance(start, float):
+        return float(stop - start)
+    return float(start.elapsed_time(stop)) / 1000.0

@@ -1,0 +1,117 @@
+"""A Hugging Face decoder as a DeepSpeed PipelineModule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.pipe import LayerSpec, PipelineModule
+from transformers import AutoConfig
+
+from lp_plugin.errors import PlanFileError
+from lp_plugin.integrations.deepspeed.methods import detected_cluster, timed_profile
+from lp_plugin.integrations.transformers.decoder import DecoderStage, num_layers
+from lp_plugin.integrations.transformers.weights import load_stage
+from lp_plugin.model import ModelProfile
+from lp_plugin.plan import Plan
+from lp_plugin.planner import make_plan
+from lp_plugin.workload import Workload
+
+__all__ = ["HFPipelineModule"]
+
+
+class HFPipelineModule(PipelineModule):
+    """Embedding, blocks, final norm and head of a decoder, one stage per rank; weights of its own stage only.
+
+    The layer list is flat for partitioning; building makes one `DecoderStage` for the rank's range.
+
+    Args:
+        directory: Model directory with ``config.json`` and safetensors.
+        num_stages: Stages; the world size is a multiple of it.
+        workload: With its micro-batch chosen; what the plan is made for, and the shape that layers are timed on.
+        plan: Boundaries to use; None times the layers on the real devices and plans from that.
+        dtype: ``float32``, ``float16`` or ``bfloat16``; None takes the config's.
+        device: ``auto``, a name of the catalogue or a cluster file: whose memory and links to plan for.
+        loss_fn: What the last stage computes from logits and labels.
+
+    Attributes:
+        lp_plan: The plan that was used.
+
+    Raises:
+        PlanFileError: If the plan has other numbers of layers or stages.
+        UnsupportedModelError, WeightsError, InfeasibleError: From building, loading, planning.
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        *,
+        num_stages: int,
+        workload: Workload,
+        plan: Plan | None = None,
+        dtype: str | None = None,
+        device: str = "auto",
+        loss_fn: Callable[[torch.Tensor, Any], torch.Tensor] | None = None,
+    ) -> None:
+        self.directory = Path(directory)
+        self.hf_config = AutoConfig.from_pretrained(self.directory)
+        self.lp_profile = ModelProfile.from_config(self.directory, dtype=dtype)
+        self.lp_workload = workload
+        self._lp_given = plan
+        self._lp_device = device
+        count = num_layers(self.hf_config)
+        specs = [LayerSpec(DecoderStage, self.hf_config, index, index + 1) for index in range(count)]
+        super().__init__(specs, num_stages=num_stages, loss_fn=loss_fn)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """Precision of weights and activations."""
+        return getattr(torch, self.lp_profile.dtype)
+
+    def _partition_layers(self, method: str = "uniform") -> None:
+        plan = self._lp_given if self._lp_given is not None else self._plan_from_timings()
+        if len(plan.layers) != len(self._layer_specs) or plan.num_stages != self.num_stages:
+            raise PlanFileError(
+                f"the plan has {len(plan.layers)} layers in {plan.num_stages} stages, the model "
+                f"{len(self._layer_specs)} in {self.num_stages}; make a plan for this model and these stages."
+            )
+        self.lp_plan = plan
+        self.parts = list(plan.boundaries)
+        stage = self._topo.get_coord(self.global_rank).pipe
+        self._set_bounds(start=self.parts[stage], stop=self.parts[stage + 1])
+
+    def _build(self) -> None:
+        stage = DecoderStage(self.hf_config, self._local_start, self._local_stop)
+        load_stage(stage, self.directory, self._device(), self.torch_dtype)
+        stage.eval()
+        self.forward_funcs.append(stage)
+        self.fwd_map["stage"] = 0
+        self.add_module("stage", stage)
+        for parameter in self.parameters():
+            parameter.ds_pipe_replicated = False
+
+    def _plan_from_timings(self) -> Plan:
+        """Times embedding, one block, norm and head on the real devices, then plans; collective."""
+        kinds: dict[tuple[Any, ...], int] = {}
+        numbers = [
+            kinds.setdefault((layer.kind, layer.parameters, layer.window), len(kinds))
+            for layer in self.lp_profile.layers
+        ]
+        workload = self.lp_workload
+        shape = (workload.chosen_micro_batch, workload.tokens_per_sequence)
+        ids = torch.randint(self.hf_config.vocab_size, shape, device=self._device())
+        timed = timed_profile(self.lp_profile, numbers, self._timing_layer, ids, training=False)
+        cluster = detected_cluster(self, self._lp_device)
+        return make_plan(timed, cluster, workload, self.num_stages)
+
+    def _timing_layer(self, index: int) -> Callable[[Any], Any]:
+        stage = DecoderStage(self.hf_config, index, index + 1)
+        stage.materialize(self._device(), self.torch_dtype)
+        stage.randomize()
+        return stage.eval()
+
+    def _device(self) -> str:
+        return str(get_accelerator().device_name(self.local_rank))
