@@ -31,7 +31,8 @@ class HFPipelineModule(PipelineModule):
     Args:
         directory: Model directory with ``config.json`` and safetensors.
         num_stages: Stages; the world size is a multiple of it.
-        workload: With its micro-batch chosen; what the plan is made for, and the shape that layers are timed on.
+        workload: What the plan is made for, and the shape that layers are timed on; without a micro-batch the
+            planner chooses one from the catalogue's figures.
         plan: Boundaries to use; None times the layers on the real devices and plans from that.
         dtype: ``float32``, ``float16`` or ``bfloat16``; None takes the config's.
         device: ``auto``, a name of the catalogue or a cluster file: whose memory and links to plan for.
@@ -39,6 +40,7 @@ class HFPipelineModule(PipelineModule):
 
     Attributes:
         lp_plan: The plan that was used.
+        lp_workload: The workload, its micro-batch chosen unless a plan was given.
 
     Raises:
         PlanFileError: If the plan has other numbers of layers or stages.
@@ -100,11 +102,13 @@ class HFPipelineModule(PipelineModule):
             kinds.setdefault((layer.kind, layer.parameters, layer.window), len(kinds))
             for layer in self.lp_profile.layers
         ]
+        cluster = detected_cluster(self, self._lp_device)
+        if self.lp_workload.micro_batch is None:
+            self.lp_workload = make_plan(self.lp_profile, cluster, self.lp_workload, self.num_stages).workload
         workload = self.lp_workload
         shape = (workload.chosen_micro_batch, workload.tokens_per_sequence)
         ids = torch.randint(self.hf_config.vocab_size, shape, device=self._device())
         timed = timed_profile(self.lp_profile, numbers, self._timing_layer, ids, training=False)
-        cluster = detected_cluster(self, self._lp_device)
         return make_plan(timed, cluster, workload, self.num_stages)
 
     def _timing_layer(self, index: int) -> Callable[[Any], Any]:

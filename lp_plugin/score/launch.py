@@ -1,0 +1,157 @@
+"""Starting the ranks of a job: our own local processes, or those that a launcher has started already."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import traceback
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from lp_plugin.errors import LpPluginError, RankFailedError, RuntimeEnvironmentError
+
+__all__ = ["join_launcher", "launch_local", "prepare_environment", "run_and_report"]
+
+EXIT_ERROR = 2
+"""A deliberate error, already printed."""
+EXIT_LOST_PEER = 75
+"""Another rank died; this one has nothing to say about it."""
+_PEER_GONE = ("connection closed", "connection reset", "socket", "gloo", "nccl", "broken pipe", "timed out")
+
+
+def prepare_environment(num_local_processes: int) -> None:
+    """Variables that DeepSpeed and OpenMP read at import; what the user has set stays."""
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.device_count() else "cpu")
+    threads = max(1, (os.cpu_count() or 1) // num_local_processes)
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+
+
+def join_launcher() -> bool:
+    """Whether torchrun, deepspeed or SLURM started this process as one rank of several.
+
+    SLURM's variables are translated into torchrun's.
+
+    Raises:
+        RuntimeEnvironmentError: If SLURM started several tasks but the first host can't be found out.
+    """
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        return True
+    tasks = int(os.environ.get("SLURM_NTASKS", "1"))
+    if "SLURM_PROCID" not in os.environ or tasks == 1:
+        return False
+    os.environ["RANK"] = os.environ["SLURM_PROCID"]
+    os.environ["WORLD_SIZE"] = str(tasks)
+    os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]
+    os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ.get("SLURM_NTASKS_PER_NODE", str(tasks)))
+    os.environ.setdefault("MASTER_PORT", "29500")
+    if "MASTER_ADDR" not in os.environ:
+        os.environ["MASTER_ADDR"] = _first_slurm_host()
+    return True
+
+
+def launch_local(num_processes: int, entry: Callable[..., Any], *arguments: Any) -> Any:
+    """Runs ``entry(*arguments)`` in processes on this host, through torchrun's library.
+
+    Args:
+        num_processes: Ranks.
+        entry: Importable function; wrapped in `run_and_report`.
+        arguments: Pickled to each process.
+
+    Returns:
+        What rank 0 returned.
+
+    Raises:
+        SystemExit: With code 2 if a rank ended with a deliberate error, which it has printed.
+        RankFailedError: If a rank died otherwise; names it.
+    """
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError  # noqa: PLC0415
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch  # noqa: PLC0415
+
+    prepare_environment(num_processes)
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=num_processes,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        monitor_interval=0.1,
+        start_method="spawn",
+    )
+    try:
+        return elastic_launch(config, run_and_report)(entry, *arguments)[0]
+    except ChildFailedError as error:
+        raise _explained(error) from None
+
+
+def run_and_report(entry: Callable[..., Any], *arguments: Any) -> Any:
+    """Runs one rank; an error is printed once per job, by the rank that has it first, and ends the process.
+
+    Without the immediate end the other ranks would wait in a collective for this one.
+    """
+    try:
+        return entry(*arguments)
+    except KeyboardInterrupt:
+        _end(130)
+    except LpPluginError as error:
+        if _first_to_fail():
+            print(f"error (rank {os.environ['RANK']}): {error}", file=sys.stderr, flush=True)  # noqa: T201
+        _end(EXIT_ERROR)
+    except BaseException as error:  # noqa: BLE001 - whatever it is, the other ranks must not hang
+        if isinstance(error, RuntimeError) and any(word in str(error).lower() for word in _PEER_GONE):
+            _end(EXIT_LOST_PEER)
+        traceback.print_exc()
+        _end(1)
+
+
+def _end(code: int) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _first_to_fail() -> bool:
+    """Whether no other rank has claimed the error yet, decided in the job's own key-value store."""
+    try:
+        store = torch.distributed.distributed_c10d._get_default_store()
+        return bool(store.add("lp_plugin/error", 1) == 1)
+    except (RuntimeError, ValueError):  # no process group yet
+        return True
+
+
+def _explained(error: Any) -> BaseException:
+    """What the launcher's failure means: the rank that died first of itself."""
+    failures = error.failures
+    deliberate = [rank for rank, failure in failures.items() if failure.exitcode == EXIT_ERROR]
+    if deliberate:
+        return SystemExit(EXIT_ERROR)
+    if any(failure.exitcode == 130 for failure in failures.values()):
+        return KeyboardInterrupt()
+    rank, first = min(
+        failures.items(),
+        key=lambda item: (item[1].exitcode == EXIT_LOST_PEER, item[1].exitcode >= 0, item[1].timestamp),
+    )
+    how = f"was killed by {first.signal_name()}" if first.exitcode < 0 else f"ended with exit code {first.exitcode}"
+    return RankFailedError(
+        f"rank {rank} {how}; the other ranks were stopped. Finished documents are kept: "
+        "the same command goes on where this one stopped."
+    )
+
+
+def _first_slurm_host() -> str:
+    nodes = os.environ.get("SLURM_JOB_NODELIST", "")
+    if os.environ.get("SLURM_JOB_NUM_NODES", "1") == "1":
+        return "127.0.0.1"
+    try:
+        listed = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)  # noqa: S603, S607
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise RuntimeEnvironmentError(
+            f"SLURM started several hosts ({nodes}), but scontrol can't list them ({error}); "
+            "set MASTER_ADDR to the first host's name."
+        ) from None
+    return listed.stdout.split()[0]

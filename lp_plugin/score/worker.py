@@ -1,0 +1,211 @@
+"""One rank of a scoring job."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+import torch
+from deepspeed import comm as dist
+
+from lp_plugin.errors import RuntimeEnvironmentError, WorldSizeError
+from lp_plugin.integrations.deepspeed.engine import (
+    InstructionTimer,
+    StageTimes,
+    build_engine,
+    init_distributed,
+    quiet,
+    stage_alone_seconds,
+)
+from lp_plugin.integrations.transformers.pipeline import HFPipelineModule
+from lp_plugin.plan import Plan
+from lp_plugin.score.batches import Step, make_steps, pad_length
+from lp_plugin.score.job import ScoreJob
+from lp_plugin.score.journal import Journal, Score
+from lp_plugin.score.likelihood import log_likelihoods
+from lp_plugin.score.outcome import Outcome, RankTimes
+from lp_plugin.score.progress import Progress
+from lp_plugin.workload import Workload
+
+__all__ = ["run_rank"]
+
+Value = TypeVar("Value")
+
+
+def run_rank(job: ScoreJob | None) -> Outcome | None:
+    """Runs this process's part of the job.
+
+    Collective over all ranks of the job; torchrun's environment variables are set.
+
+    Args:
+        job: Needed on rank 0, which hands it to the others.
+
+    Returns:
+        The job's figures on rank 0, None elsewhere.
+
+    Raises:
+        LpPluginError: Any of its kinds.
+    """
+    init_distributed()
+    job = _agree(job)
+    rank, world = dist.get_rank(), dist.get_world_size()
+    if world != job.num_stages:
+        raise WorldSizeError(
+            f"{world} processes for {job.num_stages} stages: the job needs one process per stage; "
+            f"start {job.num_stages} processes, or pass --stages {world}."
+        )
+    if job.dtype == "float16" and not torch.cuda.is_available():
+        raise RuntimeEnvironmentError("float16 needs a GPU: CPUs compute it too slowly to use; add --dtype float32.")
+    journal = Journal(job.output, job.digest, job.documents.ids) if rank == 0 else None
+    remaining = _agree(journal.missing() if journal else None)
+    module, steps = _build(job, remaining) if remaining else (None, [])
+    progress = Progress(len(job.documents), len(job.documents) - len(remaining)) if journal else None
+    times: list[tuple[Step, StageTimes]] = []
+    alone = 0.0
+    if module is not None:
+        if progress:
+            progress.show_plan(module.lp_plan)
+        engine = _engine(module, steps[0])
+        timer = InstructionTimer(engine)
+        alone = stage_alone_seconds(module, _stage_input(module, steps[0]))
+        for step in steps:
+            scores, step_times = _run_step(engine, timer, job, step)
+            times.append((step, step_times))
+            if journal and progress:
+                journal.append(scores)
+                progress.advance(step, job.documents)
+    plan = None if module is None else module.lp_plan
+    ranks, steps_done = _gather(job, times, alone), tuple(step for step, _ in times)
+    if journal is None or progress is None:
+        return None
+    progress.close()
+    journal.finish()
+    return _outcome(job, plan, steps_done, ranks, journal)
+
+
+def _build(job: ScoreJob, remaining: list[int]) -> tuple[HFPipelineModule, list[Step]]:
+    """The loaded stage and the steps that its plan's micro-batch gives."""
+    longest = pad_length(int(job.documents.lengths[remaining].max()), job.max_positions)
+    micro_batch = job.micro_batch
+    if micro_batch is None and job.plan is not None:
+        planned = job.plan.workload
+        micro_batch = max(1, planned.chosen_micro_batch * planned.tokens_per_sequence // longest)
+    if micro_batch is not None:
+        micro_batch = min(micro_batch, len(remaining))
+    workload = Workload(phase="prefill", batch=len(remaining), sequence=longest, micro_batch=micro_batch)
+    with quiet():
+        module = HFPipelineModule(
+            job.directory,
+            num_stages=job.num_stages,
+            workload=workload,
+            plan=job.plan,
+            dtype=job.dtype,
+            loss_fn=log_likelihoods,
+        )
+    steps = make_steps(
+        job.documents.lengths,
+        remaining,
+        tokens_per_micro_batch=module.lp_workload.chosen_micro_batch * longest,
+        num_stages=job.num_stages,
+        max_positions=job.max_positions,
+    )
+    return module, steps
+
+
+def _engine(module: HFPipelineModule, step: Step) -> Any:
+    engine = build_engine(
+        module, micro_batch=step.rows, num_micro_batches=len(step.micro_batches), dtype=module.lp_profile.dtype
+    )
+    engine.module.eval()
+    return engine
+
+
+def _stage_input(module: HFPipelineModule, step: Step) -> torch.Tensor:
+    """A micro-batch of random values in the shape that this rank's stage takes."""
+    device = next(iter(module.parameters())).device
+    if module._local_start == 0:
+        return torch.randint(module.hf_config.vocab_size, (step.rows, step.length), device=device)
+    shape = (step.rows, step.length, module.hf_config.hidden_size)
+    return torch.randn(shape, device=device).to(module.torch_dtype)
+
+
+def _run_step(engine: Any, timer: InstructionTimer, job: ScoreJob, step: Step) -> tuple[dict[int, Score], StageTimes]:
+    """One ``eval_batch``; the scores reach every rank."""
+    engine.reset_activation_shape()  # else another step's shape would be assumed, silently
+    engine.set_train_micro_batch_size(step.rows)
+    timer.start()
+    outputs = engine.eval_batch(
+        _micro_batches(step, job),
+        compute_loss=True,
+        reduce_output=None,
+        bcast_loss=False,
+        num_micro_batches=len(step.micro_batches),
+    )
+    times = timer.stop()
+    result = torch.zeros((len(step.micro_batches), step.rows), dtype=torch.float64, device=engine.device)
+    if engine.is_last_stage():
+        result.copy_(torch.stack(outputs))
+    dist.broadcast(result, src=job.num_stages - 1)
+    values = result.tolist()
+    scores = {}
+    for micro_batch, row_values in zip(step.micro_batches, values, strict=True):
+        for index, value in zip(micro_batch, row_values, strict=False):  # rows beyond the documents are padding
+            if not math.isfinite(value):
+                raise RuntimeEnvironmentError(
+                    f"document {job.documents.ids[index]!r} got log-likelihood {value}: the model overflows in "
+                    f"{job.dtype}, or its weights hold values that are not finite. Try --dtype float32 or bfloat16."
+                )
+            scores[index] = Score(num_tokens=max(len(job.documents[index]) - 1, 0), log_likelihood=value + 0.0)
+    return scores, times
+
+
+def _micro_batches(step: Step, job: ScoreJob) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    for number in range(len(step.micro_batches)):
+        inputs = torch.from_numpy(step.inputs(job.documents, number))
+        yield inputs, torch.from_numpy(step.labels(job.documents, number))
+
+
+def _agree(value: Value | None) -> Value:
+    """Rank 0's value, on every rank."""
+    box: list[Any] = [value]
+    torch.distributed.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def _gather(job: ScoreJob, times: list[tuple[Step, StageTimes]], alone: float) -> tuple[RankTimes, ...]:
+    """Every rank's times, on every rank."""
+    longest = max(range(len(times)), key=lambda at: len(times[at][0].micro_batches), default=None)
+    mine = RankTimes(
+        wall_seconds=tuple(each.wall_seconds for _, each in times),
+        forward_seconds=tuple(each.busy_seconds("forward") for _, each in times),
+        alone_seconds=alone,
+        intervals=() if longest is None else times[longest][1].intervals,
+        peak_bytes=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0,
+        host=_host(),
+    )
+    gathered: list[RankTimes] = [mine] * job.num_stages
+    torch.distributed.all_gather_object(gathered, mine)
+    return tuple(gathered)
+
+
+def _outcome(
+    job: ScoreJob, plan: Plan | None, steps: tuple[Step, ...], ranks: tuple[RankTimes, ...], journal: Journal
+) -> Outcome:
+    scored = [index for step in steps for index in step.documents]
+    return Outcome(
+        plan=plan,
+        steps=steps,
+        ranks=ranks,
+        num_documents=len(job.documents),
+        num_scored=len(scored),
+        num_tokens=int(job.documents.lengths[scored].sum()),
+        total_log_likelihood=math.fsum(score.log_likelihood for score in journal.scores.values()),
+        total_scored_tokens=sum(score.num_tokens for score in journal.scores.values()),
+    )
+
+
+def _host() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"CPU, {torch.get_num_threads()} threads a process"
