@@ -16,7 +16,14 @@ from lp_plugin.quantity import format_bytes, format_seconds
 
 __all__ = ["as_text", "layer_table", "plan_report", "stage_table", "summary"]
 
-_KINDS = ("weight_bytes", "activation_bytes", "kv_bytes", "buffer_bytes", "training_bytes")
+_KINDS = {
+    "weight_bytes": "weights",
+    "activation_bytes": "activ.",
+    "kv_bytes": "KV cache",
+    "buffer_bytes": "buffers",
+    "training_bytes": "training",
+}
+"""Field of a stage -> heading."""
 
 
 def as_text(renderable: RenderableType, width: int = 140) -> str:
@@ -30,19 +37,19 @@ def as_text(renderable: RenderableType, width: int = 140) -> str:
 def plan_report(plan: Plan) -> Group:
     """Everything about a plan: layers, stages, figures, notes."""
     notes = [Text(f"• {note}") for note in plan.notes]
-    return Group(layer_table(plan), stage_table(plan), summary(plan), *notes)
+    return Group(Text(_title(plan), style="bold"), layer_table(plan), stage_table(plan), summary(plan), *notes)
 
 
 def layer_table(plan: Plan) -> Table:
     """Memory footprint of each layer; equal neighbours share a row."""
-    table = Table(title=_title(plan), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("layer")
     for column in ("weights", "activations", "KV cache", "buffers", "total"):
         table.add_column(column, justify="right")
     keys = [(layer.name.split()[0], dataclasses.astuple(layer)[1:]) for layer in plan.layers]
     for first, last in _equal_neighbours(keys):
         layer = plan.layers[first]
-        name = layer.name if first == last else f"{layer.name} .. {plan.layers[last].name} (each)"
+        name = _compressed([layer.name for layer in plan.layers[first : last + 1]]) + (", each" if last > first else "")
         amounts = (
             layer.weight_bytes,
             layer.activation_bytes,
@@ -59,18 +66,18 @@ def stage_table(plan: Plan) -> Table:
 
     Equal neighbours share a row; columns that say nothing (no KV cache, one kind of device) are left out.
     """
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.add_column("stage", justify="right", no_wrap=True)
     table.add_column("layers", no_wrap=True)
     devices = {stage.device for stage in plan.stages}
     if len(devices) > 1:
         table.add_column("device", no_wrap=True)
-    kinds = [kind for kind in _KINDS if kind in _KINDS[:2] or any(getattr(stage, kind) for stage in plan.stages)]
-    headings = [kind.removesuffix("_bytes").replace("kv", "KV cache").replace("_", " ") for kind in kinds]
-    for heading in (
-        *(f"{name}s" if name in {"weight", "activation", "buffer"} else name for name in headings),
-        "memory",
-    ):
+    kinds = [
+        kind
+        for kind in _KINDS
+        if kind in ("weight_bytes", "activation_bytes") or any(getattr(stage, kind) for stage in plan.stages)
+    ]
+    for heading in (*(_KINDS[kind] for kind in kinds), "memory"):
         table.add_column(heading, justify="right", no_wrap=True)
     for heading in ("used", "working set", "tier", "time"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -125,12 +132,20 @@ def _key(stage: Stage) -> tuple[object, ...]:
 
 
 def _layers(plan: Plan, first: int, last: int) -> str:
-    start, stop = plan.stages[first], plan.stages[last]
-    names = start.layers[0]
-    if start.layers[0] != stop.layers[-1]:
-        names += f" .. {stop.layers[-1]}"
-    each = " each" if last > first else ""
-    return f"{names} ({start.stop - start.start}{each})"
+    """The layers of stages ``first .. last``, which hold equally many."""
+    names = [name for stage in plan.stages[first : last + 1] for name in stage.layers]
+    count = len(plan.stages[first].layers)
+    return _compressed(names) + (f", {count} each" if last > first else "")
+
+
+def _compressed(names: Sequence[str]) -> str:
+    """Names in order, neighbours that differ only in their number joined: ``embedding, block 0-3``."""
+    kinds = [name.rsplit(" ", 1)[0] if name.rsplit(" ", 1)[-1].isdigit() else name for name in names]
+    parts = []
+    for first, last in _equal_neighbours(kinds):
+        end = f"-{names[last].rsplit(' ', 1)[-1]}" if last > first else ""
+        parts.append(names[first] + end)
+    return ", ".join(parts)
 
 
 def _equal_neighbours(keys: Sequence[object]) -> list[tuple[int, int]]:

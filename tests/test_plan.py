@@ -222,7 +222,10 @@ def test_too_few_devices() -> None:
 
 @pytest.mark.parametrize("phase", ["prefill", "decode", "train"])
 def test_a_sequence_longer_than_the_model_allows(phase: str) -> None:
-    profile, cluster = ModelProfile.from_config({**SMALL_LAYERS, "max_position_embeddings": 64}), Cluster.parse("h200:2")
+    profile, cluster = (
+        ModelProfile.from_config({**SMALL_LAYERS, "max_position_embeddings": 64}),
+        Cluster.parse("h200:2"),
+    )
     assert make_plan(profile, cluster, Workload(phase=phase, batch=1, sequence=64))
     with pytest.raises(WorkloadError, match="sequence is 65 tokens, but starcoder2 allows 64"):
         make_plan(profile, cluster, Workload(phase=phase, batch=1, sequence=65))

@@ -108,7 +108,9 @@ def test_a_tier_is_chosen_by_the_working_set() -> None:
 
 def test_whole_numbers_of_any_make_give_a_plan_of_plain_numbers() -> None:
     """A measurement is often a NumPy array."""
-    profile = ModelProfile.from_costs(np.array([1.0, 2.0]), weight_bytes=np.array([3, 4]), output_bytes=np.array([1, 1]))
+    profile = ModelProfile.from_costs(
+        np.array([1.0, 2.0]), weight_bytes=np.array([3, 4]), output_bytes=np.array([1, 1])
+    )
     plan = solve(profile, Cluster.homogeneous(device(1000), 2, FREE), ONE, "throughput")
     assert {type(layer.weight_bytes) for layer in plan.layers} == {int}
     assert {type(stage.seconds) for stage in plan.stages} == {float}

@@ -138,23 +138,27 @@ class InstructionTimer:
         return run
 
 
-def stage_alone_seconds(module: PipelineModule, inputs: Any, repeats: int = 5) -> float:
-    """Median seconds of this rank's stage on one micro-batch, without pipeline or neighbours.
+def stage_alone_seconds(module: PipelineModule, inputs: Any, *, warm_up_seconds: float = 0.0) -> float:
+    """Median seconds of 7 passes of this rank's stage over one micro-batch, without pipeline or neighbours.
 
     Args:
         module: This rank's layers.
         inputs: A micro-batch of what the stage takes, on the device.
-        repeats: Timed passes, after as many as 2 to warm up.
+        warm_up_seconds: Passes to warm up take at least this long (GPUs lower their clocks under sustained load),
+            and are at least 2.
     """
-    seconds = []
+    seconds: list[float] = []
+    warm_up = 2
     with torch.no_grad():
-        for _ in range(2 + repeats):
+        while len(seconds) < warm_up + 7:
             synchronize()
             start = time.perf_counter()
             module(inputs)
             synchronize()
             seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds[2:])
+            if sum(seconds) < warm_up_seconds:
+                warm_up = len(seconds)
+    return statistics.median(seconds[-7:])
 
 
 def _mark() -> Any:

@@ -11,13 +11,15 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.pipe import LayerSpec, PipelineModule
 from transformers import AutoConfig
 
-from lp_plugin.errors import PlanFileError
+from lp_plugin.errors import InfeasibleError, PlanFileError
 from lp_plugin.integrations.deepspeed.methods import detected_cluster, timed_profile
 from lp_plugin.integrations.transformers.decoder import DecoderStage, num_layers
 from lp_plugin.integrations.transformers.weights import load_stage
 from lp_plugin.model import ModelProfile
 from lp_plugin.plan import Plan
 from lp_plugin.planner import make_plan
+from lp_plugin.report import as_text, stage_table
+from lp_plugin.solve import evaluate, fits
 from lp_plugin.workload import Workload
 
 __all__ = ["HFPipelineModule"]
@@ -75,15 +77,27 @@ class HFPipelineModule(PipelineModule):
 
     def _partition_layers(self, method: str = "uniform") -> None:
         plan = self._lp_given if self._lp_given is not None else self._plan_from_timings()
+        self._check(plan)
+        self.lp_plan = plan
+        self.parts = list(plan.boundaries)
+        stage = self._topo.get_coord(self.global_rank).pipe
+        self._set_bounds(start=self.parts[stage], stop=self.parts[stage + 1])
+
+    def _check(self, plan: Plan) -> None:
+        """Refuses a plan of another shape, or one whose stages can't hold this workload."""
         if len(plan.layers) != len(self._layer_specs) or plan.num_stages != self.num_stages:
             raise PlanFileError(
                 f"the plan has {len(plan.layers)} layers in {plan.num_stages} stages, the model "
                 f"{len(self._layer_specs)} in {self.num_stages}; make a plan for this model and these stages."
             )
-        self.lp_plan = plan
-        self.parts = list(plan.boundaries)
-        stage = self._topo.get_coord(self.global_rank).pipe
-        self._set_bounds(start=self.parts[stage], stop=self.parts[stage + 1])
+        cluster = detected_cluster(self, self._lp_device)
+        here = evaluate(self.lp_profile, cluster, self.lp_workload, plan.boundaries)
+        if not fits(here):
+            raise InfeasibleError(
+                f"with rows of {self.lp_workload.sequence} tokens, {self.lp_workload.micro_batch} per micro-batch, "
+                "the plan's stages don't fit these devices; plan for this sequence, or lower --micro-batch.",
+                table=as_text(stage_table(here)),
+            )
 
     def _build(self) -> None:
         stage = DecoderStage(self.hf_config, self._local_start, self._local_stop)

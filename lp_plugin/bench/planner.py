@@ -7,6 +7,7 @@ import platform
 import statistics
 import time
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -54,7 +55,7 @@ def compare_planners(console: Console, *, layers: int, stages: int, repeats: int
         "ours_bottleneck": _bottleneck(costs, boundaries),
         "deepspeed_seconds": seconds,
         "deepspeed_bottleneck": _bottleneck(costs, theirs),
-        "lower_bound": max(max(costs), -(-sum(costs) // stages)),
+        "lower_bound": max(*costs, -(-sum(costs) // stages)),
         "speedup": seconds / statistics.median(ours),
     }
     console.print(_table(figures, layers, stages))
@@ -77,7 +78,7 @@ def _ours(costs: Sequence[int], stages: int, repeats: int) -> tuple[list[float],
 
 
 def _bottleneck(costs: Sequence[int], boundaries: Sequence[int]) -> int:
-    return max(sum(costs[start:stop]) for start, stop in zip(boundaries[:-1], boundaries[1:], strict=True))
+    return max(sum(costs[start:stop]) for start, stop in pairwise(boundaries))
 
 
 def _table(figures: dict[str, object], layers: int, stages: int) -> Table:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -29,13 +28,17 @@ class RankTimes:
     forward_seconds: tuple[float, ...]
     """Of each step, in forward passes."""
     alone_seconds: float
-    """One micro-batch of the first step through this stage alone, without a pipeline; median of 5."""
+    """One micro-batch of the first step through this stage without a pipeline; median of 7."""
+    elapsed_seconds: float
+    """From the first step's start to the last one's scores on disk (rank 0)."""
     intervals: tuple[Interval, ...]
     """Instructions of the step with the most micro-batches."""
     peak_bytes: int
     """Most memory that torch allocated on the GPU; 0 on CPUs."""
     host: str
     """What it ran on."""
+    threads: int
+    """Threads that torch computed with on the CPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +47,8 @@ class Outcome:
 
     plan: Plan | None
     """None if a resumed job had nothing left to do."""
+    tokens_per_micro_batch: int
+    """What documents were packed into; rows times length of a step is at most that."""
     steps: tuple[Step, ...]
     """What this run computed."""
     ranks: tuple[RankTimes, ...]
@@ -66,10 +71,15 @@ class Outcome:
             return math.nan
         return math.exp(-self.total_log_likelihood / self.total_scored_tokens)
 
-    @cached_property
+    @property
     def wall_seconds(self) -> float:
-        """Steps together, each until its slowest rank was done."""
-        return sum(max(each) for each in zip(*(rank.wall_seconds for rank in self.ranks), strict=True))
+        """From the first step's start to the last one's scores on disk."""
+        return self.ranks[0].elapsed_seconds
+
+    @property
+    def step_seconds(self) -> list[float]:
+        """Each step's pipeline, until its slowest rank was done."""
+        return [max(each) for each in zip(*(rank.wall_seconds for rank in self.ranks), strict=True)]
 
     @property
     def tokens_per_second(self) -> float:
@@ -79,11 +89,16 @@ class Outcome:
     @property
     def padded_tokens_per_second(self) -> float:
         """Tokens computed per second, padding counted: what the hardware did."""
-        return sum(step.tokens * len(step.micro_batches) for step in self.steps) / self.wall_seconds
+        return self._computed_tokens / self.wall_seconds
 
     def stage_seconds(self, stage: int) -> float:
-        """Mean seconds of a stage's forward pass per micro-batch."""
-        return sum(self.ranks[stage].forward_seconds) / sum(len(step.micro_batches) for step in self.steps)
+        """Mean seconds of a stage's forward pass, scaled by tokens to a micro-batch of the first step."""
+        return sum(self.ranks[stage].forward_seconds) / self._computed_tokens * self.steps[0].tokens
+
+    @property
+    def _computed_tokens(self) -> int:
+        """Padding included."""
+        return sum(step.tokens * len(step.micro_batches) for step in self.steps)
 
     @property
     def bubble_fraction(self) -> float:
@@ -128,11 +143,13 @@ class Outcome:
             return scored
         return scored | {
             "hosts": [rank.host for rank in self.ranks],
+            "threads": self.ranks[0].threads,
             "boundaries": list(self.plan.boundaries),
             "dtype": self.plan.dtype,
+            "tokens_per_micro_batch": self.tokens_per_micro_batch,
             "steps": [[step.rows, step.length, len(step.micro_batches)] for step in self.steps],
             "wall_seconds": self.wall_seconds,
-            "step_wall_seconds": [max(each) for each in zip(*(rank.wall_seconds for rank in self.ranks), strict=True)],
+            "step_seconds": self.step_seconds,
             "tokens_per_second": self.tokens_per_second,
             "padded_tokens_per_second": self.padded_tokens_per_second,
             "predicted_seconds": self.predicted_seconds,
@@ -168,7 +185,8 @@ class Outcome:
 
     def _stage_table(self, plan: Plan) -> Table:
         """Predicted beside measured, a row per stage, for the shape of the first step."""
-        table = Table(box=SIMPLE_HEAD, pad_edge=False)
+        title = f"a micro-batch of {self.steps[0].tokens} tokens (other shapes scaled to it)"
+        table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
         for column in ("stage", "layers", "predicted", "alone", "in the pipeline", "busy", "peak memory"):
             table.add_column(column, justify="left" if column == "layers" else "right")
         workload = plan.workload

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -49,7 +51,44 @@ def run_rank(job: ScoreJob | None) -> Outcome | None:
     """
     init_distributed()
     job = _agree(job)
-    rank, world = dist.get_rank(), dist.get_world_size()
+    _check_processes(job)
+    journal = Journal(job.output, job.digest, job.documents.ids) if dist.get_rank() == 0 else None
+    remaining = _agree(journal.missing() if journal else None)
+    progress = Progress(len(job.documents), len(job.documents) - len(remaining)) if journal else None
+    done = _Done()
+    if remaining:
+        module, longest = _load(job, remaining)
+        done.plan, done.tokens_per_micro_batch = module.lp_plan, module.lp_workload.chosen_micro_batch * longest
+        steps = make_steps(
+            job.documents.lengths,
+            remaining,
+            tokens_per_micro_batch=done.tokens_per_micro_batch,
+            num_stages=job.num_stages,
+            max_positions=job.max_positions,
+        )
+        _run_steps(job, module, steps, done, journal, progress)
+    ranks = _gather(job, done)
+    if journal is None or progress is None:
+        return None
+    progress.close()
+    journal.finish()
+    return _outcome(job, done, ranks, journal)
+
+
+@dataclass(kw_only=True)
+class _Done:
+    """What this rank has done so far."""
+
+    plan: Plan | None = None
+    tokens_per_micro_batch: int = 0
+    steps: list[Step] = field(default_factory=list)
+    times: list[StageTimes] = field(default_factory=list)
+    alone_seconds: float = 0.0
+    elapsed_seconds: float = 0.0
+
+
+def _check_processes(job: ScoreJob) -> None:
+    world = dist.get_world_size()
     if world != job.num_stages:
         raise WorldSizeError(
             f"{world} processes for {job.num_stages} stages: the job needs one process per stage; "
@@ -57,35 +96,10 @@ def run_rank(job: ScoreJob | None) -> Outcome | None:
         )
     if job.dtype == "float16" and not torch.cuda.is_available():
         raise RuntimeEnvironmentError("float16 needs a GPU: CPUs compute it too slowly to use; add --dtype float32.")
-    journal = Journal(job.output, job.digest, job.documents.ids) if rank == 0 else None
-    remaining = _agree(journal.missing() if journal else None)
-    module, steps = _build(job, remaining) if remaining else (None, [])
-    progress = Progress(len(job.documents), len(job.documents) - len(remaining)) if journal else None
-    times: list[tuple[Step, StageTimes]] = []
-    alone = 0.0
-    if module is not None:
-        if progress:
-            progress.show_plan(module.lp_plan)
-        engine = _engine(module, steps[0])
-        timer = InstructionTimer(engine)
-        alone = stage_alone_seconds(module, _stage_input(module, steps[0]))
-        for step in steps:
-            scores, step_times = _run_step(engine, timer, job, step)
-            times.append((step, step_times))
-            if journal and progress:
-                journal.append(scores)
-                progress.advance(step, job.documents)
-    plan = None if module is None else module.lp_plan
-    ranks, steps_done = _gather(job, times, alone), tuple(step for step, _ in times)
-    if journal is None or progress is None:
-        return None
-    progress.close()
-    journal.finish()
-    return _outcome(job, plan, steps_done, ranks, journal)
 
 
-def _build(job: ScoreJob, remaining: list[int]) -> tuple[HFPipelineModule, list[Step]]:
-    """The loaded stage and the steps that its plan's micro-batch gives."""
+def _load(job: ScoreJob, remaining: list[int]) -> tuple[HFPipelineModule, int]:
+    """This rank's stage, and the length of the longest row."""
     longest = pad_length(int(job.documents.lengths[remaining].max()), job.max_positions)
     micro_batch = job.micro_batch
     if micro_batch is None and job.plan is not None:
@@ -103,14 +117,32 @@ def _build(job: ScoreJob, remaining: list[int]) -> tuple[HFPipelineModule, list[
             dtype=job.dtype,
             loss_fn=log_likelihoods,
         )
-    steps = make_steps(
-        job.documents.lengths,
-        remaining,
-        tokens_per_micro_batch=module.lp_workload.chosen_micro_batch * longest,
-        num_stages=job.num_stages,
-        max_positions=job.max_positions,
-    )
-    return module, steps
+    return module, longest
+
+
+def _run_steps(
+    job: ScoreJob,
+    module: HFPipelineModule,
+    steps: list[Step],
+    done: _Done,
+    journal: Journal | None,
+    progress: Progress | None,
+) -> None:
+    """Every step in turn; rank 0 keeps the journal and shows progress."""
+    if progress:
+        progress.show_plan(module.lp_plan)
+    engine = _engine(module, steps[0])
+    timer = InstructionTimer(engine)
+    done.alone_seconds = _alone(module, steps[0])
+    start = time.perf_counter()
+    for step in steps:
+        scores, times = _run_step(engine, timer, job, step)
+        done.steps.append(step)
+        done.times.append(times)
+        if journal and progress:
+            journal.append(scores)
+            progress.advance(step, job.documents)
+    done.elapsed_seconds = time.perf_counter() - start
 
 
 def _engine(module: HFPipelineModule, step: Step) -> Any:
@@ -119,6 +151,19 @@ def _engine(module: HFPipelineModule, step: Step) -> Any:
     )
     engine.module.eval()
     return engine
+
+
+def _alone(module: HFPipelineModule, step: Step) -> float:
+    """Seconds of this rank's stage by itself; ranks that share a CPU take turns."""
+    inputs = _stage_input(module, step)
+    if torch.cuda.is_available():
+        return stage_alone_seconds(module, inputs, warm_up_seconds=1.0)
+    seconds = 0.0
+    for turn in range(dist.get_world_size()):
+        if turn == dist.get_rank():
+            seconds = stage_alone_seconds(module, inputs)
+        dist.barrier()
+    return seconds
 
 
 def _stage_input(module: HFPipelineModule, step: Step) -> torch.Tensor:
@@ -173,29 +218,30 @@ def _agree(value: Value | None) -> Value:
     return box[0]
 
 
-def _gather(job: ScoreJob, times: list[tuple[Step, StageTimes]], alone: float) -> tuple[RankTimes, ...]:
-    """Every rank's times, on every rank."""
-    longest = max(range(len(times)), key=lambda at: len(times[at][0].micro_batches), default=None)
+def _gather(job: ScoreJob, done: _Done) -> tuple[RankTimes, ...]:
+    """Every rank's times, on every rank; collective."""
+    longest = max(done.times, key=lambda times: len(times.intervals), default=None)
     mine = RankTimes(
-        wall_seconds=tuple(each.wall_seconds for _, each in times),
-        forward_seconds=tuple(each.busy_seconds("forward") for _, each in times),
-        alone_seconds=alone,
-        intervals=() if longest is None else times[longest][1].intervals,
+        wall_seconds=tuple(times.wall_seconds for times in done.times),
+        forward_seconds=tuple(times.busy_seconds("forward") for times in done.times),
+        alone_seconds=done.alone_seconds,
+        elapsed_seconds=done.elapsed_seconds,
+        intervals=() if longest is None else longest.intervals,
         peak_bytes=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0,
-        host=_host(),
+        host=torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+        threads=torch.get_num_threads(),
     )
     gathered: list[RankTimes] = [mine] * job.num_stages
     torch.distributed.all_gather_object(gathered, mine)
     return tuple(gathered)
 
 
-def _outcome(
-    job: ScoreJob, plan: Plan | None, steps: tuple[Step, ...], ranks: tuple[RankTimes, ...], journal: Journal
-) -> Outcome:
-    scored = [index for step in steps for index in step.documents]
+def _outcome(job: ScoreJob, done: _Done, ranks: tuple[RankTimes, ...], journal: Journal) -> Outcome:
+    scored = [index for step in done.steps for index in step.documents]
     return Outcome(
-        plan=plan,
-        steps=steps,
+        plan=done.plan,
+        tokens_per_micro_batch=done.tokens_per_micro_batch,
+        steps=tuple(done.steps),
         ranks=ranks,
         num_documents=len(job.documents),
         num_scored=len(scored),
@@ -203,9 +249,3 @@ def _outcome(
         total_log_likelihood=math.fsum(score.log_likelihood for score in journal.scores.values()),
         total_scored_tokens=sum(score.num_tokens for score in journal.scores.values()),
     )
-
-
-def _host() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"CPU, {torch.get_num_threads()} threads a process"

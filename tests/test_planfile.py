@@ -1,0 +1,251 @@
+"""Plan files: what is written comes back, and nothing else is accepted."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import assume, given
+from strategies import STEADY, clusters, cost_profiles, profiles, workloads
+from test_solve import FREE, device
+
+from lp_plugin import (
+    Cluster,
+    InfeasibleError,
+    ModelProfile,
+    Plan,
+    PlanFileError,
+    Workload,
+    load_plan,
+    make_plan,
+    save_plan,
+)
+from lp_plugin.planfile import check_model, write_atomically
+
+Edit = Callable[[dict[str, Any]], object]
+
+
+@pytest.fixture(scope="module")
+def plan() -> Plan:
+    profile = ModelProfile.from_costs([1, 2, 3], weight_bytes=[4, 5, 6])
+    return make_plan(profile, Cluster.homogeneous(device(10, 1000), 2, FREE), Workload(batch=4, sequence=2))
+
+
+@pytest.fixture
+def file(plan: Plan, tmp_path: Path) -> Path:
+    save_plan(plan, tmp_path / "plan.json")
+    return tmp_path / "plan.json"
+
+
+def test_any_plan_comes_back_equal_and_is_written_the_same(tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = tmp_path_factory.mktemp("plans")
+
+    @STEADY
+    @given(profiles() | cost_profiles(), clusters(roomy=True), workloads(cut=False))
+    def check(profile: ModelProfile, cluster: Cluster, workload: Workload) -> None:
+        assume(len(cluster.devices) <= profile.num_layers)
+        try:
+            plan = make_plan(profile, cluster, workload)
+        except (InfeasibleError, ZeroDivisionError):
+            assume(False)
+        save_plan(plan, folder / "once.json")
+        loaded = load_plan(folder / "once.json")
+        assert loaded == plan
+        assert loaded.tokens_per_second == plan.tokens_per_second
+        save_plan(loaded, folder / "again.json")
+        assert (folder / "again.json").read_bytes() == (folder / "once.json").read_bytes()
+        check_model(loaded, profile, folder / "once.json")
+
+    check()
+
+
+def test_a_path_may_be_text(plan: Plan, tmp_path: Path) -> None:
+    save_plan(plan, str(tmp_path / "plan.json"))
+    assert load_plan(str(tmp_path / "plan.json")) == plan
+
+
+@pytest.mark.parametrize("name", ["naïve 日本", "[x]", "", 'quo"te', "a\nb"])
+def test_any_name_survives(name: str, tmp_path: Path) -> None:
+    profile = ModelProfile.from_costs([1, 2], names=[name, "b"], name=name)
+    made = make_plan(profile, Cluster.homogeneous(device(1000), 1), Workload(batch=1, sequence=1))
+    save_plan(made, tmp_path / "plan.json")
+    assert load_plan(tmp_path / "plan.json") == made
+
+
+def test_whole_numbers_in_other_types_survive(tmp_path: Path) -> None:
+    """1.5e9 for bytes is easily written; it is refused at once or can be loaded again."""
+    try:
+        profile = ModelProfile.from_costs([1, 2], weight_bytes=[5.0, 5.0])
+    except ValueError:
+        return
+    made = make_plan(profile, Cluster.homogeneous(device(1000), 1), Workload(batch=1, sequence=1))
+    save_plan(made, tmp_path / "plan.json")
+    assert load_plan(tmp_path / "plan.json") == made
+
+
+def test_truncation_anywhere_is_an_error(file: Path) -> None:
+    content = file.read_bytes()
+    for length in range(len(content) - 1):  # without the last line's end it is still whole
+        file.write_bytes(content[:length])
+        with pytest.raises(PlanFileError, match="truncated"):
+            load_plan(file)
+
+
+def test_a_missing_file_and_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(PlanFileError, match=r"absent.json does not exist; make it with 'lp-plugin plan"):
+        load_plan(tmp_path / "absent.json")
+    with pytest.raises(PlanFileError, match="can't be read"):
+        load_plan(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"\xff\xfe", b"null", b"[]", b"3", b'"plan"', b"{}", b"[" * 200_000, b"1" * 5000],
+    ids=["not UTF-8", "null", "list", "number", "text", "empty object", "nested too deep", "a huge number"],
+)
+def test_other_content(file: Path, content: bytes) -> None:
+    file.write_bytes(content)
+    with pytest.raises(PlanFileError, match=r"plan\.json"):
+        load_plan(file)
+
+
+def swap_layers(content: dict[str, Any]) -> None:
+    content["stages"][0]["layers"], content["stages"][1]["layers"] = ["layer 2"], ["layer 0", "layer 1"]
+
+
+def move_cut(content: dict[str, Any]) -> None:
+    """Boundaries and stages agree with one another, but not with the stages' own layers and figures."""
+    old = content["boundaries"][1]
+    new = 3 - old
+    content["boundaries"][1] = content["stages"][0]["stop"] = content["stages"][1]["start"] = new
+
+
+EDITS: dict[str, Edit] = {
+    "boundaries moved": lambda c: c.update(boundaries=[0, 1, 3] if c["boundaries"] != [0, 1, 3] else [0, 2, 3]),
+    "boundaries falling": lambda c: c.update(boundaries=[0, 3, 2]),
+    "boundaries with an empty stage": lambda c: c.update(boundaries=[0, 0, 3]),
+    "boundaries of another model": lambda c: c.update(boundaries=[0, 2, 4]),
+    "boundaries not from 0": lambda c: c.update(boundaries=[1, 2, 3]),
+    "boundaries too few": lambda c: c.update(boundaries=[0, 3]),
+    "boundaries empty": lambda c: c.update(boundaries=[]),
+    "boundaries text": lambda c: c.update(boundaries="0, 2, 3"),
+    "boundaries not whole": lambda c: c.update(boundaries=[0, 2.0, 3]),
+    "stages missing": lambda c: c["stages"].pop(),
+    "stages none": lambda c: c.update(stages=[], boundaries=[0], layers=[]),
+    "layers missing": lambda c: c["layers"].pop(),
+    "cut moved everywhere": move_cut,
+    "stages' layers swapped": swap_layers,
+    "stage's layer renamed": lambda c: c["stages"][0]["layers"].__setitem__(0, "other"),
+    "model digest short": lambda c: c.update(model_digest="abc"),
+    "model digest not hexadecimal": lambda c: c.update(model_digest="z" * 64),
+    "workload digest": lambda c: c.update(workload_digest="0" * 64),
+    "batch": lambda c: c["workload"].update(batch=5),
+    "micro-batch": lambda c: c["workload"].update(micro_batch=1 if c["workload"]["micro_batch"] != 1 else 2),
+    "micro-batch above batch": lambda c: c["workload"].update(micro_batch=500),
+    "micro-batch missing": lambda c: c["workload"].pop("micro_batch"),
+    "micro-batch open": lambda c: c["workload"].update(micro_batch=None),
+    "phase": lambda c: c["workload"].update(phase="decode"),
+    "phase unknown": lambda c: c["workload"].update(phase="fast"),
+    "extra key": lambda c: c.update(extra=1),
+    "extra key in a stage": lambda c: c["stages"][0].update(extra=1),
+    "extra key in the workload": lambda c: c["workload"].update(extra=1),
+    "key missing": lambda c: c.pop("notes"),
+    "schema version 2": lambda c: c.update(schema_version=2),
+    "schema version 0": lambda c: c.update(schema_version=0),
+    "schema version as text": lambda c: c.update(schema_version="1"),
+    "schema version true": lambda c: c.update(schema_version=True),
+    "schema version missing": lambda c: c.pop("schema_version"),
+    "negative bytes": lambda c: c["stages"][0].update(weight_bytes=-1),
+    "bytes as text": lambda c: c["stages"][0].update(weight_bytes="4"),
+    "no capacity": lambda c: c["stages"][0].update(capacity_bytes=0),
+    "seconds not finite": lambda c: c["stages"][0].update(compute_seconds=float("inf")),
+    "seconds not a number": lambda c: c["stages"][0].update(compute_seconds=float("nan")),
+    "seconds negative": lambda c: c.update(lower_bound_seconds=-1.0),
+    "dtype unknown": lambda c: c.update(dtype="float7"),
+    "notes not text": lambda c: c.update(notes=[1]),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS)
+def test_an_edited_plan_is_refused(file: Path, edit: Edit) -> None:
+    content = json.loads(file.read_text())
+    edit(content)
+    file.write_text(json.dumps(content))
+    with pytest.raises(PlanFileError, match=r"plan\.json"):
+        load_plan(file)
+
+
+def test_versions_are_named(file: Path) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text()), "schema_version": 2}))
+    with pytest.raises(PlanFileError, match="schema version 2; this lp_plugin reads 1"):
+        load_plan(file)
+
+
+def test_a_plan_for_another_model_is_refused(plan: Plan) -> None:
+    check_model(plan, ModelProfile.from_costs([9, 9, 9]), "plan.json")  # other times, but the same layers
+    with pytest.raises(PlanFileError, match=r"plan.json was made for costs \(3 layers.*not for other \(4 layers"):
+        check_model(plan, ModelProfile.from_costs([1] * 4, name="other"), "plan.json")
+
+
+def test_a_new_plan_replaces_the_old_one(plan: Plan, file: Path) -> None:
+    renamed = dataclasses.replace(plan, model_name="new")
+    save_plan(renamed, file)
+    assert load_plan(file) == renamed
+    assert [path.name for path in file.parent.iterdir()] == ["plan.json"]
+
+
+@pytest.mark.parametrize("step", ["os.fsync", "pathlib.Path.chmod", "pathlib.Path.replace", "os.fdopen"])
+def test_a_failing_write_leaves_the_old_file_and_nothing_else(
+    plan: Plan, file: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    before, open_before = file.read_bytes(), len(os.listdir("/proc/self/fd"))
+    with monkeypatch.context() as patch:
+        patch.setattr(step, fail)
+        with pytest.raises(PlanFileError, match=r"can't be written to .*plan.json: No space left on device"):
+            save_plan(dataclasses.replace(plan, model_name="new"), file)
+    assert file.read_bytes() == before
+    assert [path.name for path in file.parent.iterdir()] == ["plan.json"]
+    assert len(os.listdir("/proc/self/fd")) == open_before
+
+
+def test_a_folder_that_is_not_there(plan: Plan, tmp_path: Path) -> None:
+    with pytest.raises(PlanFileError, match="can't be written to .*No such file"):
+        save_plan(plan, tmp_path / "absent" / "plan.json")
+
+
+def test_a_folder_in_the_files_place(plan: Plan, tmp_path: Path) -> None:
+    (tmp_path / "plan.json").mkdir()
+    with pytest.raises(PlanFileError, match="can't be written"):
+        save_plan(plan, tmp_path / "plan.json")
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
+
+
+@pytest.fixture
+def umask() -> Iterator[Callable[[int], int]]:
+    before = os.umask(0)
+    os.umask(before)
+    yield os.umask
+    os.umask(before)
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600), (0, 0o666)])
+def test_the_file_is_as_readable_as_any_other(
+    plan: Plan, tmp_path: Path, umask: Callable[[int], int], mask: int, mode: int
+) -> None:
+    umask(mask)
+    save_plan(plan, tmp_path / "plan.json")
+    assert (tmp_path / "plan.json").stat().st_mode & 0o777 == mode
+    assert umask(mask) == mask  # and the process's own mask is what it was
+
+
+def test_text_is_written_as_it_is(tmp_path: Path) -> None:
+    write_atomically(tmp_path / "notes", "ü\r\n日本\n")
+    assert (tmp_path / "notes").read_bytes() == "ü\r\n日本\n".encode()
