@@ -71,7 +71,7 @@ def test_missing_file_and_missing_directory(tmp_path: Path) -> None:
 def test_every_truncation_is_an_error(tmp_path: Path) -> None:
     text = json.dumps(LLAMA)
     for length in range(len(text)):
-        with pytest.raises(ModelConfigError, match="is not valid JSON.*truncated"):
+        with pytest.raises(ModelConfigError, match=r"is not valid JSON.*truncated"):
             ModelProfile.from_config(write(tmp_path, text[:length]))
 
 

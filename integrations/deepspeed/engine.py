@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.pipe import schedule
 from deepspeed.utils import logger
 
+from lp_plugin.errors import HardwareError
 from lp_plugin.measure.layers import synchronize
 from lp_plugin.schedule import Interval
 
@@ -29,9 +31,20 @@ def init_distributed() -> None:
 
     On CPUs DeepSpeed would first compile a shared-memory all-reduce (about a minute, a compiler needed), which a
     pipeline never calls; it is told that the operator is not available.
+
+    Raises:
+        HardwareError: If this host has fewer GPUs than processes.
     """
     cuda = torch.cuda.is_available()
-    if not cuda:
+    if cuda:
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        if local_rank >= torch.cuda.device_count():
+            raise HardwareError(
+                f"local process {local_rank} has no GPU: this host shows {torch.cuda.device_count()}. "
+                "Ask for fewer stages per host, or check CUDA_VISIBLE_DEVICES."
+            )
+        torch.cuda.set_device(local_rank)
+    else:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     with quiet():
         deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
@@ -72,6 +73,8 @@ def launch_local(num_processes: int, entry: Callable[..., Any], *arguments: Any)
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch  # noqa: PLC0415
 
     prepare_environment(num_processes)
+    for name in ("torch.distributed.elastic", "torch.multiprocessing"):  # what they log, we say in one line
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
