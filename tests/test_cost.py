@@ -181,7 +181,7 @@ def test_training_keeps_more_on_earlier_stages() -> None:
 
 
 @STEADY
-@given(profiles(), clusters(), workloads())
+@given(profiles(), clusters(roomy=True), workloads())
 def test_no_partition_beats_the_lower_bound(profile: ModelProfile, cluster: Cluster, workload: Workload) -> None:
     assume(len(cluster.devices) <= profile.num_layers)
     best = best_plan(profile, cluster, workload)

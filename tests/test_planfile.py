@@ -51,7 +51,7 @@ def test_any_plan_comes_back_equal_and_is_written_the_same(tmp_path_factory: pyt
         assume(len(cluster.devices) <= profile.num_layers)
         try:
             plan = make_plan(profile, cluster, workload)
-        except (InfeasibleError, ZeroDivisionError):
+        except InfeasibleError:
             assume(False)
         save_plan(plan, folder / "once.json")
         loaded = load_plan(folder / "once.json")

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import Phase, assume, given, settings
 from oracles import feasible
 from strategies import STEADY, clusters, profiles, workloads
 from test_solve import FREE, device
@@ -104,7 +104,7 @@ def test_the_reference_decode_is_refused_with_214_sequences() -> None:
     assert "most of it for the KV cache" in str(error)
 
 
-@STEADY
+@settings(STEADY, phases=[Phase.generate])
 @given(profiles(min_layers=2, max_layers=5), clusters(max_devices=3), workloads())
 def test_remedies_hold_for_random_models(profile: ModelProfile, cluster: Cluster, workload: Workload) -> None:
     assume(len(cluster.devices) <= profile.num_layers)

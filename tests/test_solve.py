@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from oracles import best_plan, emptiest_share, plain_stage
 from strategies import STEADY, clusters, cost_profiles, profiles, workloads
 
@@ -85,8 +85,8 @@ def test_objective_memory_empties_the_fullest_device(
     assert (solve(profile, cluster, workload, "throughput") is None) is (least > 1)
 
 
-@STEADY
-@given(profiles(), clusters(max_devices=3), workloads())
+@settings(STEADY, max_examples=200)
+@given(profiles(min_layers=3), clusters(max_devices=3, roomy=True) | clusters(max_devices=3), workloads())
 def test_the_fastest_tier_that_has_a_partition_is_taken(
     profile: ModelProfile, cluster: Cluster, workload: Workload
 ) -> None:

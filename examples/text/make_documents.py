@@ -1,6 +1,6 @@
 """Cuts a text into documents of equal length, over and over, for measurements on real text.
 
-    python examples/text/make_documents.py OUTPUT.jsonl --count 320 --characters 2047
+python examples/text/make_documents.py OUTPUT.jsonl --count 320 --characters 2047
 """
 
 import argparse

@@ -8,6 +8,7 @@ import logging
 import os
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -46,6 +47,7 @@ def init_distributed() -> None:
         torch.cuda.set_device(local_rank)
     else:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    warnings.filterwarnings("ignore", message=r"barrier\(\): using the device", category=UserWarning)  # DeepSpeed's own
     with quiet():
         deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo")
 

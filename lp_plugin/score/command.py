@@ -49,8 +49,9 @@ def score(
             report=report,
         )
 
-    if join_launcher():
-        prepare_environment(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    joined = join_launcher()
+    prepare_environment(int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if joined else num_stages or 1)
+    if joined:
         outcome = run_and_report(_joined_rank, prepared)
     else:
         job = prepared()

@@ -25,10 +25,16 @@ _PEER_GONE = ("connection closed", "connection reset", "socket", "gloo", "nccl",
 
 
 def prepare_environment(num_local_processes: int) -> None:
-    """Variables that DeepSpeed and OpenMP read at import; what the user has set stays."""
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.device_count() else "cpu")
-    threads = max(1, (os.cpu_count() or 1) // num_local_processes)
-    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    """Variables that the frameworks read at import; what the user has set stays."""
+    defaults = {
+        "DS_ACCELERATOR": "cuda" if torch.cuda.device_count() else "cpu",
+        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // num_local_processes)),
+        "TRANSFORMERS_VERBOSITY": "error",
+        # DeepSpeed's point-to-point calls are unbatched and blocking on purpose
+        "TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING": "false",
+    }
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
 
 
 def join_launcher() -> bool:

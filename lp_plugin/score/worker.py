@@ -50,7 +50,13 @@ def run_rank(job: ScoreJob | None) -> Outcome | None:
         LpPluginError: Any of its kinds.
     """
     init_distributed()
-    job = _agree(job)
+    try:
+        return _run(_agree(job))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def _run(job: ScoreJob) -> Outcome | None:
     _check_processes(job)
     journal = Journal(job.output, job.digest, job.documents.ids) if dist.get_rank() == 0 else None
     remaining = _agree(journal.missing() if journal else None)
