@@ -69,7 +69,7 @@ class Architecture:
 class _DecoderConfig(BaseModel):
     """The keys that the families share; a subclass sets its own defaults and differences."""
 
-    model_config = ConfigDict(extra="ignore")
+    model_config = ConfigDict(extra="ignore", strict=True)
     norm_vectors: ClassVar[Literal[1, 2]] = 1
     mlp_matrices: ClassVar[Literal[2, 3]] = 3
 
@@ -82,7 +82,6 @@ class _DecoderConfig(BaseModel):
     head_dim: PositiveInt | None = None
     max_position_embeddings: PositiveInt = 2048
     tie_word_embeddings: bool = False
-    sliding_window: PositiveInt | None = None
 
     def differences(self) -> dict[str, Any]:
         """The fields of `Architecture` in which the family differs from the plain decoder."""
@@ -90,7 +89,7 @@ class _DecoderConfig(BaseModel):
 
     def windows(self) -> tuple[int | None, ...]:
         """Attention window of each block."""
-        return (self.sliding_window,) * self.num_hidden_layers
+        return (None,) * self.num_hidden_layers
 
     def architecture(self, model_type: str, dtype: str) -> Architecture:
         """The numbers that costs depend on."""
@@ -142,6 +141,9 @@ class _Mistral(_DecoderConfig):
     max_position_embeddings: PositiveInt = 4096 * 32
     sliding_window: PositiveInt | None = 4096
 
+    def windows(self) -> tuple[int | None, ...]:
+        return (self.sliding_window,) * self.num_hidden_layers
+
 
 class _Qwen2(_DecoderConfig):
     vocab_size: PositiveInt = 151936
@@ -151,12 +153,16 @@ class _Qwen2(_DecoderConfig):
     use_sliding_window: bool = False
     sliding_window: PositiveInt | None = 4096
     max_window_layers: int = 28
-    layer_types: tuple[str, ...] | None = None
+    layer_types: list[str] | None = None
 
     def differences(self) -> dict[str, Any]:
         return {"qkv_bias": True}
 
     def windows(self) -> tuple[int | None, ...]:
+        if self.layer_types is not None and len(self.layer_types) != self.num_hidden_layers:
+            raise ModelConfigError(
+                f"layer_types has {len(self.layer_types)} entries for {self.num_hidden_layers} layers; give one each."
+            )
         slides = (
             [kind == "sliding_attention" for kind in self.layer_types]
             if self.layer_types is not None
@@ -185,9 +191,13 @@ class _Starcoder2(_DecoderConfig):
     max_position_embeddings: PositiveInt = 4096
     tie_word_embeddings: bool = True
     use_bias: bool = True
+    sliding_window: PositiveInt | None = None
 
     def differences(self) -> dict[str, Any]:
         return {"qkv_bias": self.use_bias, "output_bias": self.use_bias, "mlp_bias": self.use_bias}
+
+    def windows(self) -> tuple[int | None, ...]:
+        return (self.sliding_window,) * self.num_hidden_layers
 
 
 class _GPTNeoX(_DecoderConfig):
@@ -256,7 +266,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ModelConfigError(f"{file} can't be read: {error}.") from None
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ModelConfigError(f"{file} is not valid JSON: {error}; is it truncated?") from None
     if not isinstance(config, dict):
         raise ModelConfigError(f"{file} holds a JSON {type(config).__name__}; a model config is an object.")
@@ -284,7 +294,7 @@ def read_architecture(config: Mapping[str, Any], *, dtype: str | None = None) ->
             "ModelProfile.from_costs() plans any model from plain numbers."
         )
     chosen = dtype or config.get("dtype") or config.get("torch_dtype") or "float32"
-    if chosen not in DTYPE_BYTES:
+    if not isinstance(chosen, str) or chosen not in DTYPE_BYTES:
         raise ModelConfigError(f"dtype is {chosen!r}; supported are {', '.join(sorted(DTYPE_BYTES))}.")
     try:
         parsed = FAMILIES[model_type].model_validate(dict(config))

@@ -18,7 +18,7 @@ from lp_plugin.hardware import Cluster
 from lp_plugin.model import ModelProfile
 from lp_plugin.planfile import load_plan, save_plan
 from lp_plugin.planner import make_plan
-from lp_plugin.report import plan_report
+from lp_plugin.report import WIDTH, plan_report
 from lp_plugin.workload import Workload
 
 __all__ = ["app", "main"]
@@ -31,9 +31,6 @@ app = typer.Typer(
 )
 bench = typer.Typer(no_args_is_help=True, help="Benchmarks, each side by side in one run.")
 app.add_typer(bench, name="bench")
-
-_NARROWEST = 120
-"""Columns a plan's table needs; where the output is not a terminal it gets them."""
 
 
 def main() -> None:
@@ -65,7 +62,7 @@ def _options(
 
 def _console() -> Console:
     console = Console()
-    return console if console.is_terminal else Console(width=_NARROWEST)
+    return console if console.is_terminal else Console(width=WIDTH)
 
 
 @app.command()

@@ -83,12 +83,13 @@ class LayerTable:
         self.weights = _column([layer.weight_bytes for layer in layers])
         self.kv_cache = kv_per_sequence * workload.batch
         self.touched = read + kv_per_sequence * micro_batch
-        self.buffers = _column([layer.buffer_bytes_per_token * tokens for layer in layers])
+        self.buffers = np.ceil(_column([layer.buffer_bytes_per_token * tokens for layer in layers]))
         outputs = [layer.output_bytes_per_token * tokens for layer in layers]
-        self.cuts = _column([profile.input_bytes_per_token * tokens, *outputs])
+        self.cuts = np.ceil(_column([profile.input_bytes_per_token * tokens, *outputs]))
         per_parameter = 12 if DTYPE_BYTES[profile.dtype] == 2 else 8  # Adam in float32, with master weights for 16 bit
         state = _column([layer.weight_bytes + per_parameter * layer.parameters for layer in layers])
         self.training = state if self.is_training else np.zeros(len(layers))
+        self._training_per_byte = 1 + per_parameter / DTYPE_BYTES[profile.dtype] if self.is_training else 0.0
         self.saved = self.cuts[1:] + self.buffers if self.is_training else np.zeros(len(layers))
         self.seconds = _column([_measured(layer, training=self.is_training) for layer in layers])
 
@@ -102,15 +103,16 @@ class LayerTable:
         return np.where(np.isnan(self.seconds), np.maximum(roofline, overhead), self.seconds)
 
     @cached_property
-    def shared_pairs(self) -> list[tuple[int, int, int]]:
-        """(layer, next layer with the same key, shared bytes): counted once if a stage holds both."""
+    def shared_pairs(self) -> list[tuple[int, int, int, float]]:
+        """(layer, next layer with the same key, shared bytes, their training state): once if a stage holds both."""
         last: dict[str, int] = {}
         pairs = []
         for index, layer in enumerate(self.layers):
             if layer.shared_key is None:
                 continue
             if layer.shared_key in last:
-                pairs.append((last[layer.shared_key], index, layer.shared_bytes))
+                state = layer.shared_bytes * self._training_per_byte
+                pairs.append((last[layer.shared_key], index, layer.shared_bytes, state))
             last[layer.shared_key] = index
         return pairs
 
@@ -173,12 +175,15 @@ class StageTable:
         """Bytes on the device by kind."""
         in_out = self._in_out(starts, stops)
         weights = self._weights[stops] - self._weights[starts]
-        for first, second, shared in self.table.shared_pairs:
-            weights = weights - shared * ((starts <= first) & (stops > second))
+        training = self._training[stops] - self._training[starts]
+        for first, second, shared, state in self.table.shared_pairs:
+            both = (starts <= first) & (stops > second)
+            weights = weights - shared * both
+            training = training - state * both
         return StageBytes(
             weights=weights,
             kv_cache=self._kv[stops] - self._kv[starts],
-            training=self._training[stops] - self._training[starts],
+            training=training,
             activations=in_out + self._in_flight * (self._saved[stops] - self._saved[starts]),
             buffers=in_out + self._buffers(starts, stops),  # the pipeline keeps a second pair of activations
         )

@@ -81,6 +81,11 @@ class Device:
         if not capacities or sorted(set(capacities)) != capacities:
             bound = "at least one, from small to large"
             raise HardwareError(f"Device {self.name!r}: its tiers have {capacities} bytes; give {bound}.")
+        for fast, slow in pairwise(self.tiers):
+            slower = slow.achieved_bytes_per_second <= fast.achieved_bytes_per_second
+            if not slower or slow.usable_bytes < fast.usable_bytes:
+                bound = "the next tier must be no faster and hold no less"
+                raise HardwareError(f"Device {self.name!r}: tiers {fast.name!r} and {slow.name!r}: {bound}.")
         peaks = dict(self.peak_flops)
         sound = all(0 < peak < math.inf for peak in peaks.values())
         if not sound or not peaks or len(peaks) != len(self.peak_flops):

@@ -161,17 +161,23 @@ class ModelProfile:
             "weight_bytes": weight_bytes if weight_bytes is not None else [0] * count,
             "output_bytes_per_token": output_bytes if output_bytes is not None else [0.0] * count,
         }
+        if names is not None and len(names) != count:
+            raise ModelConfigError(f"names has {len(names)} entries for {count} layers; give one each.")
         for label, column in columns.items():
             if len(column) != count:
                 raise ModelConfigError(f"{label} has {len(column)} entries for {count} layers; give one each.")
             for value in column:
                 if not 0 <= value < float("inf"):
                     raise ModelConfigError(f"{label} holds {value!r}; costs are finite and not negative.")
+        if any(int(value) != value for value in columns["weight_bytes"]):
+            raise ModelConfigError("weight_bytes holds a fraction of a byte; give whole numbers.")
         layers = tuple(
             LayerCost(
                 name=names[index] if names is not None else f"layer {index}",
-                weight_traffic_bytes=columns["weight_bytes"][index],
-                **{label: column[index] for label, column in columns.items()},
+                weight_bytes=int(columns["weight_bytes"][index]),
+                weight_traffic_bytes=int(columns["weight_bytes"][index]),
+                output_bytes_per_token=float(columns["output_bytes_per_token"][index]),
+                seconds=float(seconds[index]),
             )
             for index in range(count)
         )

@@ -18,6 +18,7 @@ NO_GAIN = 0.01
 def plan_notes(plan: Plan, profile: ModelProfile, cluster: Cluster) -> tuple[str, ...]:
     """Sentences on tier, micro-batch, KV cache and superfluous devices, as far as they apply."""
     notes = [_tier(plan, profile, cluster), _micro_batch(plan, profile, cluster)]
+    notes.append(_faster_in_memory(plan, profile, cluster))
     notes.append(_kv_cache(plan, profile, cluster))
     notes.append(_superfluous(plan, profile, cluster))
     return tuple(note for note in notes if note)
@@ -48,6 +49,22 @@ def _tier(plan: Plan, profile: ModelProfile, cluster: Cluster) -> str:
     )
 
 
+def _faster_in_memory(plan: Plan, profile: ModelProfile, cluster: Cluster) -> str:
+    """Says when staying in the fast tier costs more than it gains: a freer cut would be faster."""
+    last = max(len(device.tiers) for device in cluster.devices) - 1
+    free = solve(profile, cluster, plan.workload, "throughput", first_tier=last)
+    if (
+        plan.objective != "throughput"
+        or free is None
+        or free.bottleneck_seconds >= plan.bottleneck_seconds * (1 - NO_GAIN)
+    ):
+        return ""
+    return (
+        f"Every stage stays in tier {plan.stages[0].tier}; boundaries {list(free.boundaries)} leave it and would make "
+        f"the slowest stage {format_seconds(free.bottleneck_seconds)}, not {format_seconds(plan.bottleneck_seconds)}."
+    )
+
+
 def _micro_batch(plan: Plan, profile: ModelProfile, cluster: Cluster) -> str:
     workload = plan.workload
     if workload.phase == "decode" or plan.num_micro_batches == 1:
@@ -74,12 +91,16 @@ def _kv_cache(plan: Plan, profile: ModelProfile, cluster: Cluster) -> str:
     per_token = sum(layer.kv_bytes_per_token for layer in profile.layers)
     if workload.phase != "prefill" or not per_token:
         return ""
-    whole = per_token * workload.sequence * workload.batch
+    sizes = [
+        layer.kv_bytes_per_token * min(workload.sequence, layer.window or workload.sequence) for layer in profile.layers
+    ]
+    per_sequence = sum(sizes)
+    whole = per_sequence * workload.batch
     usable = sum(device.memory.usable_bytes for device in cluster.devices)
     weights = profile.num_parameters * DTYPE_BYTES[profile.dtype]
     if whole + weights <= usable:
         return ""
-    room = max(0, (usable - weights) // (per_token * workload.sequence))
+    room = max(0, (usable - weights) // per_sequence)
     total = sum(device.memory.capacity_bytes for device in cluster.devices)
     return (
         f"Prefill keeps no KV cache. Kept for decoding it would be {format_bytes(per_token)} per token, "
@@ -96,13 +117,18 @@ def _superfluous(plan: Plan, profile: ModelProfile, cluster: Cluster) -> str:
     fewer = solve(profile, cluster.subset(few), plan.workload, "throughput")
     if fewer is None:
         return ""
-    gain = fewer.bottleneck_seconds / plan.bottleneck_seconds - 1
-    fullest = max(sum(name.startswith("block") for name in stage.layers) for stage in fewer.stages)
-    return (
+    gain = fewer.bottleneck_seconds / plan.bottleneck_seconds - 1 if plan.bottleneck_seconds else 0.0
+    note = (
         f"{plan.num_stages} devices gain nothing over {few} at this granularity: the slowest stage takes "
-        f"{format_seconds(plan.bottleneck_seconds)} against {format_seconds(fewer.bottleneck_seconds)} "
-        f"({gain:+.2%})" + (f", since the fullest device holds {fullest} blocks either way." if fullest else ".")
+        f"{format_seconds(plan.bottleneck_seconds)} against {format_seconds(fewer.bottleneck_seconds)} ({gain:+.2%})"
     )
+    fullest = _most_blocks(plan)
+    same = fullest and fullest == _most_blocks(fewer)
+    return note + (f", since the fullest device holds {fullest} blocks either way." if same else ".")
+
+
+def _most_blocks(plan: Plan) -> int:
+    return max(sum(name.startswith("block ") for name in stage.layers) for stage in plan.stages)
 
 
 def _fewest_stages(plan: Plan, profile: ModelProfile, cluster: Cluster) -> int:

@@ -83,7 +83,10 @@ def partition(stages: Sequence[StageCosts], num_layers: int) -> tuple[int, ...] 
     best, _ = _sweep([bands[id(stage)] for stage in stages], num_layers, combine=np.maximum)
     if not np.isfinite(best):
         return None
-    squares = {key: np.where(band <= best, np.square(band), np.inf) for key, band in bands.items()}
+    scale = best or 1.0  # squares of shares of the bottleneck can't overflow
+    squares = {
+        key: np.where(band <= best, np.square(np.minimum(band, best) / scale), np.inf) for key, band in bands.items()
+    }
     _, boundaries = _sweep([squares[id(stage)] for stage in stages], num_layers, combine=np.add)
     return boundaries
 

@@ -95,6 +95,8 @@ class Plan:
     """Precision."""
     workload: Workload
     """With the micro-batch chosen."""
+    objective: Objective | None
+    """What was optimised; None for boundaries that were given."""
     boundaries: tuple[int, ...]
     """Half-open, ``num_stages + 1`` numbers (DeepSpeed's ``parts``)."""
     stages: tuple[Stage, ...]
@@ -141,8 +143,8 @@ class Plan:
 
     @property
     def bubble_fraction(self) -> float:
-        """Share of device time in which stages wait."""
-        return bubble_fraction(self.stage_seconds, self.num_micro_batches)
+        """Share of device time in which stages wait, between 0 and 1."""
+        return bubble_fraction(self.stage_seconds, self.num_micro_batches, self.makespan_seconds)
 
     @property
     def tokens_per_second(self) -> float:

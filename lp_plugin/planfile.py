@@ -69,6 +69,7 @@ class _PlanFile(_Strict):
     model_name: str
     dtype: str
     workload: _Workload
+    objective: Literal["throughput", "memory"] | None
     boundaries: list[int]
     stages: list[_Stage]
     layers: list[_Layer]
@@ -105,7 +106,7 @@ def load_plan(path: str | Path) -> Plan:
         raise PlanFileError(f"{file} does not exist; make it with 'lp-plugin plan MODEL -o {file}'.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise PlanFileError(f"{file} can't be read: {error}.") from None
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise PlanFileError(f"{file} is not valid JSON ({error}); is it truncated? Make the plan again.") from None
     version = raw.get("schema_version") if isinstance(raw, dict) else None
     if version != SCHEMA_VERSION:
@@ -180,6 +181,13 @@ def _check_consistency(plan: Plan, file: Path) -> None:
     spans = tuple((stage.start, stage.stop) for stage in plan.stages)
     if spans != tuple(itertools.pairwise(bounds)):
         raise PlanFileError(f"{file}: stages cover {list(spans)}, which contradicts boundaries {list(bounds)}.")
+    for index, stage in enumerate(plan.stages):
+        names = tuple(layer.name for layer in plan.layers[stage.start : stage.stop])
+        if stage.layers != names:
+            raise PlanFileError(
+                f"{file}: stage {index} names layers {list(stage.layers)}, which contradicts {list(names)}. "
+                "Make the plan again."
+            )
     if plan.workload.digest != plan.workload_digest:
         raise PlanFileError(f"{file}: the workload was edited (its digest differs). Make the plan again.")
     if plan.dtype not in DTYPE_BYTES:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import get_args
 
 from lp_plugin.errors import WorkloadError
 from lp_plugin.hardware import Cluster
@@ -51,6 +52,8 @@ def make_plan(
         >>> make_plan(profile, Cluster.homogeneous("h200", 4), workload).boundaries
         (0, 1, 2, 5, 6)
     """
+    if objective not in get_args(Objective):
+        raise WorkloadError(f"objective is {objective!r}; it must be one of {', '.join(get_args(Objective))}.")
     stages = _check(profile, cluster, workload, num_stages)
     used = cluster.subset(stages)
     best: Plan | None = None

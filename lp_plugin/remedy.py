@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from lp_plugin.errors import InfeasibleError
-from lp_plugin.hardware import Cluster
+from lp_plugin.hardware import Cluster, Link
 from lp_plugin.model import ModelProfile
 from lp_plugin.quantity import format_bytes
 from lp_plugin.report import as_text, stage_table
@@ -15,6 +16,9 @@ from lp_plugin.solve import emptiest, fits
 from lp_plugin.workload import Workload
 
 __all__ = ["infeasible_error"]
+
+_MOST_TRIED = 128
+"""Values tried one by one where feasibility is not monotone."""
 
 
 def infeasible_error(profile: ModelProfile, cluster: Cluster, workload: Workload) -> InfeasibleError:
@@ -37,7 +41,7 @@ def infeasible_error(profile: ModelProfile, cluster: Cluster, workload: Workload
     }
     largest = max(kinds, key=lambda kind: kinds[kind])
     return InfeasibleError(
-        f"{profile.name} does not fit {len(cluster.devices)} x {worst.device} in {workload.phase} with batch "
+        f"{profile.name} does not fit {_devices(cluster)} in {workload.phase} with batch "
         f"{workload.batch}, sequence {workload.sequence}, micro-batch {smallest.micro_batch}: even the emptiest "
         f"partition needs {format_bytes(worst.memory_bytes)} on one device of {format_bytes(worst.capacity_bytes)} "
         f"usable, most of it for {largest}.",
@@ -52,18 +56,21 @@ def _remedies(profile: ModelProfile, cluster: Cluster, workload: Workload) -> It
     def feasible(**change: Any) -> bool:
         return _feasible(profile, cluster, dataclasses.replace(workload, **change))
 
+    # in training, micro-batches in flight depend on the number of micro-batches: not monotone, so every value is tried
+    largest = _largest_of_all if workload.phase == "train" else _largest
     if workload.micro_batch is not None:
-        micro_batch = _largest(workload.micro_batch - 1, lambda value: feasible(micro_batch=value))
+        micro_batch = largest(workload.micro_batch - 1, lambda value: feasible(micro_batch=value))
         if micro_batch:
             yield f"--micro-batch {micro_batch} instead of {workload.micro_batch}"
     stages = _fewest_devices(profile, cluster, workload)
     if stages:
         yield f"{stages} devices instead of {len(cluster.devices)}"
     if workload.phase == "decode":  # elsewhere only the micro-batch takes memory
-        batch = _largest(workload.batch - 1, lambda value: feasible(batch=value, micro_batch=None))
+        lowest = workload.micro_batch or 1
+        batch = largest(workload.batch - 1, lambda value: feasible(batch=value), lowest)
         if batch:
             yield f"--batch {batch} instead of {workload.batch}"
-    sequence = _largest(workload.sequence - 1, lambda value: feasible(sequence=value))
+    sequence = largest(workload.sequence - 1, lambda value: feasible(sequence=value))
     if sequence:
         yield f"--sequence {sequence} instead of {workload.sequence}"
 
@@ -77,35 +84,45 @@ def _smallest(workload: Workload) -> Workload:
     return workload if workload.micro_batch is not None else workload.with_micro_batch(1)
 
 
-def _largest(top: int, feasible: Callable[[int], bool]) -> int | None:
-    """Largest number from 1 to ``top`` that is feasible, by bisection; None if 1 already is not."""
-    low, high = 0, top
+def _devices(cluster: Cluster) -> str:
+    counts = Counter(device.name for device in cluster.devices)
+    return " + ".join(f"{count} x {name}" for name, count in counts.items())
+
+
+def _largest(top: int, feasible: Callable[[int], bool], lowest: int = 1) -> int | None:
+    """Largest number from ``lowest`` to ``top`` that is feasible, by bisection; None if there is none."""
+    low, high = lowest - 1, top
     while low < high:
         middle = (low + high + 1) // 2
         if feasible(middle):
             low = middle
         else:
             high = middle - 1
-    return low or None
+    return low if low >= lowest else None
+
+
+def _largest_of_all(top: int, feasible: Callable[[int], bool], lowest: int = 1) -> int | None:
+    """The same without assuming that less is easier: `_MOST_TRIED` numbers downwards, then by bisection."""
+    bottom = max(lowest, top - _MOST_TRIED)
+    tried = next((value for value in range(top, bottom - 1, -1) if feasible(value)), None)
+    return tried if tried is not None or bottom == lowest else _largest(bottom - 1, feasible, lowest)
 
 
 def _fewest_devices(profile: ModelProfile, cluster: Cluster, workload: Workload) -> int | None:
-    """Fewest devices that fit, the last device repeated; None if not even one layer per device does."""
-    device, link = cluster.devices[-1], cluster.links[-1] if cluster.links else None
+    """Fewest devices that fit, the last device repeated; None if none does among those tried."""
+    device = cluster.devices[-1]
+    any_link = Link(name="any", bandwidth_bytes_per_second=1.0, latency_seconds=0.0)  # memory does not depend on it
     count = len(cluster.devices)
 
     def feasible(stages: int) -> bool:
-        more = Cluster.homogeneous(device, stages - count + 1, link)
-        grown = Cluster(devices=(*cluster.devices, *more.devices[1:]), links=(*cluster.links, *more.links))
+        devices = (*cluster.devices, *[device] * (stages - count))
+        grown = Cluster(devices=devices, links=(any_link,) * (stages - 1))
         return _feasible(profile, grown, workload)
 
-    low, high = count + 1, profile.num_layers
-    if low > high or not feasible(high):
-        return None
-    while low < high:
-        middle = (low + high) // 2
-        if feasible(middle):
-            high = middle
-        else:
-            low = middle + 1
-    return low
+    most = profile.num_layers
+    if workload.phase == "train":  # more stages keep more micro-batches in flight: not monotone
+        return next(
+            (stages for stages in range(count + 1, min(most, count + _MOST_TRIED) + 1) if feasible(stages)), None
+        )
+    fewer = _largest(most - count, lambda saved: feasible(most + 1 - saved))
+    return None if fewer is None else most + 1 - fewer

@@ -25,8 +25,11 @@ _KINDS = {
 }
 """Field of a stage -> heading."""
 
+WIDTH = 160
+"""Columns that every table fits in; given to outputs that are no terminal."""
 
-def as_text(renderable: RenderableType, width: int = 140) -> str:
+
+def as_text(renderable: RenderableType, width: int = WIDTH) -> str:
     """Anything rich can draw as plain text, trailing blanks removed."""
     console = Console(file=io.StringIO(), width=width, color_system=None)
     console.print(renderable)
@@ -46,7 +49,7 @@ def layer_table(plan: Plan) -> Table:
     table.add_column("layer")
     for column in ("weights", "activations", "KV cache", "buffers", "total"):
         table.add_column(column, justify="right")
-    keys = [(layer.name.split()[0], dataclasses.astuple(layer)[1:]) for layer in plan.layers]
+    keys = [(_kind(layer.name), dataclasses.astuple(layer)[1:]) for layer in plan.layers]
     for first, last in _equal_neighbours(keys):
         layer = plan.layers[first]
         name = _compressed([layer.name for layer in plan.layers[first : last + 1]]) + (", each" if last > first else "")
@@ -57,7 +60,7 @@ def layer_table(plan: Plan) -> Table:
             layer.buffer_bytes,
             layer.total_bytes,
         )
-        table.add_row(name, *(format_bytes(amount) for amount in amounts))
+        table.add_row(Text(name), *(format_bytes(amount) for amount in amounts))
     return table
 
 
@@ -88,8 +91,8 @@ def stage_table(plan: Plan) -> Table:
         slowest = max(plan.stage_seconds[first : last + 1]) == plan.bottleneck_seconds
         table.add_row(
             str(first) if first == last else f"{first} .. {last}",
-            _layers(plan, first, last),
-            *([stage.device] if len(devices) > 1 else []),
+            Text(_layers(plan, first, last)),
+            *([Text(stage.device)] if len(devices) > 1 else []),
             *(format_bytes(getattr(stage, kind)) for kind in kinds),
             format_bytes(stage.memory_bytes),
             f"{stage.memory_bytes / stage.capacity_bytes:.1%}",
@@ -106,7 +109,7 @@ def summary(plan: Plan) -> Text:
     """Bottleneck, bound, throughput in one paragraph."""
     gap = plan.bottleneck_seconds / plan.lower_bound_seconds - 1 if plan.lower_bound_seconds else 0.0
     lines = [
-        f"bottleneck   {format_seconds(plan.bottleneck_seconds)} per micro-batch, proven least for these layers",
+        f"bottleneck   {format_seconds(plan.bottleneck_seconds)} per micro-batch{_claim(plan)}",
         f"lower bound  {format_seconds(plan.lower_bound_seconds)} if layers could be cut anywhere ({gap:+.1%})",
         f"throughput   {plan.tokens_per_second:,.0f} tokens/s predicted; "
         f"{plan.num_micro_batches} micro-batches of {plan.workload.chosen_micro_batch}, "
@@ -114,6 +117,15 @@ def summary(plan: Plan) -> Text:
         f"boundaries   {list(plan.boundaries)}",
     ]
     return Text("\n".join(lines))
+
+
+def _claim(plan: Plan) -> str:
+    """What is proven about the plan."""
+    if plan.objective == "memory":
+        used = max(stage.memory_bytes / stage.capacity_bytes for stage in plan.stages)
+        return f"; the fullest device is {used:.1%} full, proven to be the least possible"
+    tiers = sorted({stage.tier for stage in plan.stages})
+    return f", proven to be the least with every stage in {' or '.join(tiers)}" if plan.objective else ""
 
 
 def _title(plan: Plan) -> str:
@@ -127,8 +139,7 @@ def _title(plan: Plan) -> str:
 def _key(stage: Stage) -> tuple[object, ...]:
     """What makes two stages look the same in a table."""
     kinds = tuple(getattr(stage, kind) for kind in _KINDS)
-    kind_of_layer = stage.layers[0].split()[0]
-    return (stage.device, stage.stop - stage.start, kind_of_layer, kinds, format_seconds(stage.seconds))
+    return (stage.device, stage.stop - stage.start, _kind(stage.layers[0]), kinds, format_seconds(stage.seconds))
 
 
 def _layers(plan: Plan, first: int, last: int) -> str:
@@ -140,12 +151,17 @@ def _layers(plan: Plan, first: int, last: int) -> str:
 
 def _compressed(names: Sequence[str]) -> str:
     """Names in order, neighbours that differ only in their number joined: ``embedding, block 0-3``."""
-    kinds = [name.rsplit(" ", 1)[0] if name.rsplit(" ", 1)[-1].isdigit() else name for name in names]
     parts = []
-    for first, last in _equal_neighbours(kinds):
+    for first, last in _equal_neighbours([_kind(name) for name in names]):
         end = f"-{names[last].rsplit(' ', 1)[-1]}" if last > first else ""
         parts.append(names[first] + end)
     return ", ".join(parts)
+
+
+def _kind(name: str) -> str:
+    """A layer's name without its number."""
+    head, _, tail = name.rpartition(" ")
+    return head if tail.isdigit() else name
 
 
 def _equal_neighbours(keys: Sequence[object]) -> list[tuple[int, int]]:

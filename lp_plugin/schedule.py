@@ -49,9 +49,15 @@ def ring_seconds(stage_seconds: Sequence[float], num_micro_batches: int) -> floa
     return max(sum(stage_seconds), num_micro_batches * max(stage_seconds))
 
 
-def bubble_fraction(stage_seconds: Sequence[float], num_micro_batches: int) -> float:
-    """Share of device time in which stages of a drained pipeline wait, between 0 and 1."""
-    whole = makespan_seconds(stage_seconds, num_micro_batches) * len(stage_seconds)
+def bubble_fraction(stage_seconds: Sequence[float], num_micro_batches: int, whole_seconds: float) -> float:
+    """Share of device time in which stages wait, between 0 and 1.
+
+    Args:
+        stage_seconds: Seconds of each stage for one micro-batch.
+        num_micro_batches: Micro-batches that every stage works on.
+        whole_seconds: From start to end, e.g. `makespan_seconds`.
+    """
+    whole = whole_seconds * len(stage_seconds)
     return 1.0 - num_micro_batches * sum(stage_seconds) / whole if whole else 0.0
 
 

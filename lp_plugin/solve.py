@@ -19,7 +19,9 @@ from lp_plugin.workload import Workload
 __all__ = ["emptiest", "evaluate", "fits", "solve"]
 
 
-def solve(profile: ModelProfile, cluster: Cluster, workload: Workload, objective: Objective) -> Plan | None:
+def solve(
+    profile: ModelProfile, cluster: Cluster, workload: Workload, objective: Objective, *, first_tier: int = 0
+) -> Plan | None:
     """The best partition in the fastest tier that has one; None if memory is exceeded everywhere.
 
     Args:
@@ -27,15 +29,16 @@ def solve(profile: ModelProfile, cluster: Cluster, workload: Workload, objective
         cluster: A device per stage.
         workload: With its micro-batch chosen.
         objective: See `lp_plugin.planner.make_plan`.
+        first_tier: The fastest tier to try.
     """
     if objective == "memory":
         plan = emptiest(profile, cluster, workload)
         return plan if fits(plan) else None
-    for tier_limit in range(max(len(device.tiers) for device in cluster.devices)):
+    for tier_limit in range(first_tier, max(len(device.tiers) for device in cluster.devices)):
         tables = stage_tables(profile, cluster, workload, tier_limit=tier_limit)
         boundaries = partition(tables, profile.num_layers)
         if boundaries is not None:
-            return _describe(profile, cluster, workload, tables, boundaries)
+            return _describe(profile, cluster, workload, tables, boundaries, "throughput")
     return None
 
 
@@ -51,6 +54,8 @@ def evaluate(profile: ModelProfile, cluster: Cluster, workload: Workload, bounda
     Raises:
         WorkloadError: If the boundaries don't rise from 0 to the number of layers, or don't match the cluster.
     """
+    if len(boundaries) < 2:
+        raise WorkloadError(f"boundaries {list(boundaries)} make no stage; give at least [0, {profile.num_layers}].")
     rising = all(low < high for low, high in itertools.pairwise(boundaries))
     if not rising or boundaries[0] != 0 or boundaries[-1] != profile.num_layers:
         raise WorkloadError(
@@ -61,7 +66,7 @@ def evaluate(profile: ModelProfile, cluster: Cluster, workload: Workload, bounda
         raise WorkloadError(f"{len(boundaries) - 1} stages for {len(cluster.devices)} devices; give one device each.")
     slowest = max(len(device.tiers) for device in cluster.devices) - 1
     tables = stage_tables(profile, cluster, workload, tier_limit=slowest)
-    return _describe(profile, cluster, workload, tables, tuple(int(bound) for bound in boundaries))
+    return _describe(profile, cluster, workload, tables, tuple(int(bound) for bound in boundaries), None)
 
 
 def fits(plan: Plan) -> bool:
@@ -89,7 +94,7 @@ def emptiest(profile: ModelProfile, cluster: Cluster, workload: Workload) -> Pla
     boundaries = partition([costs[id(table)] for table in tables], profile.num_layers)
     if boundaries is None:
         raise InfeasibleError("a layer's memory is not a finite number; check the profile.")
-    return _describe(profile, cluster, workload, tables, boundaries)
+    return _describe(profile, cluster, workload, tables, boundaries, "memory")
 
 
 def _describe(
@@ -98,6 +103,7 @@ def _describe(
     workload: Workload,
     tables: list[StageTable],
     boundaries: tuple[int, ...],
+    objective: Objective | None,
 ) -> Plan:
     table = tables[0].table
     footprints = tuple(
@@ -114,6 +120,7 @@ def _describe(
         model_name=profile.name,
         dtype=profile.dtype,
         workload=workload,
+        objective=objective,
         boundaries=boundaries,
         stages=tuple(
             _stage(profile, stage, start, stop)

@@ -69,7 +69,7 @@ def assert_remedies_hold(profile: ModelProfile, cluster: Cluster, workload: Work
 CASES = {
     "decode, open": (16, Workload(phase="decode", batch=1024, sequence=10_000), ["batch", "sequence"]),
     "decode, two": (2, Workload(phase="decode", batch=32, sequence=10_000), ["devices", "batch", "sequence"]),
-    "decode, cut": (16, Workload(phase="decode", batch=1024, sequence=10_000, micro_batch=512), ["batch", "sequence"]),
+    "decode, cut": (16, Workload(phase="decode", batch=1024, sequence=10_000, micro_batch=512), ["sequence"]),
     "decode, cut small": (16, Workload(phase="decode", batch=999, sequence=9999, micro_batch=8), ["batch", "sequence"]),
     "prefill, cut": (16, Workload(batch=64, sequence=10_000, micro_batch=64), ["micro_batch", "sequence"]),
     "train, open": (2, Workload(phase="train", batch=64, sequence=10_000), ["devices"]),

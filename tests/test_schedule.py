@@ -44,8 +44,10 @@ def test_bubble_is_the_idle_time_of_the_simulation(seconds: list[int], micro_bat
     whole = len(seconds) * max(visit.stop for visit in visits)
     busy = sum(visit.stop - visit.start for visit in visits)
     expected = (whole - busy) / whole if whole else 0.0
-    assert bubble_fraction(seconds, micro_batches) == pytest.approx(expected, abs=1e-12)
-    assert -1e-12 <= bubble_fraction(seconds, micro_batches) < 1
+    assert bubble_fraction(seconds, micro_batches, makespan_seconds(seconds, micro_batches)) == pytest.approx(
+        expected, abs=1e-12
+    )
+    assert -1e-12 <= bubble_fraction(seconds, micro_batches, makespan_seconds(seconds, micro_batches)) < 1
 
 
 @STEADY
@@ -60,7 +62,9 @@ def test_ring_is_the_pace_of_a_simulation_that_never_drains(seconds: list[int], 
 @pytest.mark.parametrize(("stages", "micro_batches", "share"), [(1, 1, 1.0), (2, 1, 0.5), (4, 12, 0.8)])
 def test_bubble_bound_of_equal_stages(stages: int, micro_batches: int, share: float) -> None:
     assert bubble_bound(stages, micro_batches) == pytest.approx(share)
-    assert bubble_bound(stages, micro_batches) == pytest.approx(1 - bubble_fraction([7.0] * stages, micro_batches))
+    equal = [7.0] * stages
+    waiting = bubble_fraction(equal, micro_batches, makespan_seconds(equal, micro_batches))
+    assert bubble_bound(stages, micro_batches) == pytest.approx(1 - waiting)
 
 
 @pytest.mark.parametrize("phase", ["prefill", "decode", "train"])

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from lp_plugin.picture import timeline_picture
 from lp_plugin.planfile import write_atomically
+from lp_plugin.report import WIDTH
 from lp_plugin.score.job import ScoreJob, prepare
 from lp_plugin.score.launch import join_launcher, launch_local, prepare_environment, run_and_report
 from lp_plugin.score.outcome import Outcome
@@ -73,7 +74,7 @@ def _joined_rank(prepared: Callable[[], ScoreJob]) -> Outcome | None:
 
 
 def _show(outcome: Outcome, output: Path, timeline: Path | None, report: Path | None) -> None:
-    console = Console() if Console().is_terminal else Console(width=120)
+    console = Console() if Console().is_terminal else Console(width=WIDTH)
     console.print(outcome.report())
     console.print(f"scores written to {output}")
     if timeline is not None and outcome.plan is not None:

@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskProgressColumn, Tex
 from rich.progress import Progress as RichProgress
 
 from lp_plugin.plan import Plan
-from lp_plugin.report import stage_table, summary
+from lp_plugin.report import WIDTH, stage_table, summary
 from lp_plugin.score.batches import Step
 from lp_plugin.score.documents import TokenizedDocuments
 
@@ -23,7 +23,7 @@ class Progress:
     """A bar on a terminal; a line now and then in a log. Goes to the standard error output."""
 
     def __init__(self, num_documents: int, num_done: int) -> None:
-        self._console = Console(file=sys.stderr, width=None if sys.stderr.isatty() else 120)
+        self._console = Console(file=sys.stderr, width=None if sys.stderr.isatty() else WIDTH)
         self._done, self._all = num_done, num_documents
         self._tokens, self._start = 0, time.monotonic()
         self._last_line = self._start
