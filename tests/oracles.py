@@ -173,8 +173,8 @@ def plain_stage(
     seen: set[str] = set()
     for layer in layers:
         weights += layer.weight_bytes
-        if layer.shared_key in seen:
-            weights -= layer.shared_bytes
+        again = layer.shared_bytes if layer.shared_key in seen else 0
+        weights -= again
         if layer.shared_key is not None:
             seen.add(layer.shared_key)
         kept = _kept_per_sequence(layer, workload)
@@ -182,7 +182,8 @@ def plain_stage(
         touched += layer.weight_traffic_bytes + kept * micro_batch
         if train:
             adam = 8 if profile.dtype == "float32" else 12  # two moments, and master weights beside 16 bit
-            state += layer.weight_bytes + adam * layer.parameters
+            element = 4 if profile.dtype == "float32" else 2
+            state += layer.weight_bytes - again + adam * (layer.parameters - again / element)
             waiting += (layer.output_bytes_per_token + layer.buffer_bytes_per_token) * tokens
     micro_batches = len(range(0, batch, micro_batch))
     in_flight = min(last + 1 - position, micro_batches) if train else 0
