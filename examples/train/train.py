@@ -11,9 +11,9 @@ The last stage prints the boundaries and the loss of each step as one line of JS
 """
 
 import argparse
+import itertools
 import json
 from collections.abc import Iterator
-from typing import Any
 
 import deepspeed
 import torch
@@ -33,8 +33,7 @@ class Dense(torch.nn.Sequential):
 
 def make_layers() -> list[LayerSpec]:
     """An embedding, hidden layers of uneven widths and a head; nothing is built yet."""
-    pairs = zip(WIDTHS[:-1], WIDTHS[1:], strict=True)
-    hidden = [LayerSpec(Dense, inputs, outputs) for inputs, outputs in pairs]
+    hidden = [LayerSpec(Dense, inputs, outputs) for inputs, outputs in itertools.pairwise(WIDTHS)]
     embedding = LayerSpec(torch.nn.Embedding, VOCABULARY, WIDTHS[0])
     return [embedding, *hidden, LayerSpec(torch.nn.Linear, WIDTHS[-1], VOCABULARY)]
 
@@ -56,7 +55,7 @@ def start() -> argparse.Namespace:
     """Reads the command line and joins the job."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--local_rank", type=int, default=0, help="given by some launchers")
+    parser.add_argument("--local_rank", type=int, default=-1, help="given by DeepSpeed's launcher")
     arguments = deepspeed.add_config_arguments(parser).parse_args()
     deepspeed.init_distributed()
     torch.manual_seed(0)
@@ -73,6 +72,6 @@ def train(module: PipelineModule, arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    given: Any = start()
+    given = start()
     stages = torch.distributed.get_world_size()
     train(PipelineModule(layers=make_layers(), num_stages=stages, loss_fn=loss_fn), given)

@@ -32,9 +32,9 @@ def weight_files(directory: str | Path) -> Mapping[str, Path]:
     if (folder / _INDEX).is_file():
         try:
             names = json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"]
-        except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
+            files = {name: folder / file for name, file in names.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise WeightsError(f"{folder / _INDEX} is broken: {error}; save the model again.") from None
-        files = {name: folder / file for name, file in names.items()}
         for file in sorted(set(files.values())):
             _check_readable(file)
         return files
@@ -68,7 +68,10 @@ def load_stage(stage: DecoderStage, directory: str | Path, device: torch.device 
             file = files[source]
             if file not in opened:
                 opened[file] = stack.enter_context(safe_open(file, framework="pt"))
-            loaded = opened[file].get_tensor(source)
+            try:
+                loaded = opened[file].get_tensor(source)
+            except SafetensorError as error:
+                raise WeightsError(f"{file} doesn't give {source}: {error}. Copy or save the model again.") from None
             if loaded.shape != tensor.shape:
                 raise WeightsError(
                     f"{file}: {source} has shape {tuple(loaded.shape)}, but the config asks for {tuple(tensor.shape)}."

@@ -211,9 +211,7 @@ def loaded_stage(config: PretrainedConfig, directory: Path, start: int, stop: in
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_split_gives_the_same_logits(
-    three_blocks: dict[str, tuple[Path, PreTrainedModel]], family: str
-) -> None:
+def test_every_split_gives_the_same_logits(three_blocks: dict[str, tuple[Path, PreTrainedModel]], family: str) -> None:
     directory, model = three_blocks[family]
     count = num_layers(model.config)
     assert count == 6
@@ -319,7 +317,7 @@ def test_only_own_tensors_are_read(sharded: tuple[Path, PreTrainedModel]) -> Non
 
 def test_missing_shard_is_named(sharded: tuple[Path, PreTrainedModel]) -> None:
     directory, model = sharded
-    shard = sorted(directory.glob("*.safetensors"))[-1]
+    shard = max(directory.glob("*.safetensors"))
     shard.unlink()
     with pytest.raises(WeightsError, match=shard.name):
         loaded_stage(model.config, directory, 0, 1)
@@ -412,9 +410,7 @@ def copied(directory: Path, target: Path, name_of: Any) -> Path:
     return target
 
 
-def test_gpt2_checkpoint_without_prefix(
-    three_blocks: dict[str, tuple[Path, PreTrainedModel]], tmp_path: Path
-) -> None:
+def test_gpt2_checkpoint_without_prefix(three_blocks: dict[str, tuple[Path, PreTrainedModel]], tmp_path: Path) -> None:
     """The checkpoint of gpt2 on the hub is that of the bare decoder: ``h.0...``, not ``transformer.h.0...``."""
     directory, model = three_blocks["gpt2"]
     hub = copied(directory, tmp_path / "hub", lambda name: name.removeprefix("transformer."))
