@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import hjson  # type: ignore[import-untyped]
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
 from lp_plugin.errors import DeepSpeedConfigError
@@ -108,10 +108,10 @@ def read_settings(config: str | Path | Mapping[str, Any]) -> Settings:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = hjson.loads(path.read_text(encoding="utf-8"))  # as DeepSpeed does: comments are allowed
     except FileNotFoundError:
         raise DeepSpeedConfigError(f"{path} does not exist; give the DeepSpeed configuration's path.") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, UnicodeDecodeError, hjson.HjsonDecodeError) as error:
         raise DeepSpeedConfigError(f"{path} can't be read as JSON: {error}.") from None
     if not isinstance(content, dict):
         raise DeepSpeedConfigError(f"{path} holds a JSON {type(content).__name__}; a configuration is an object.")

@@ -13,14 +13,14 @@ from deepspeed.pipe import LayerSpec, TiedLayerSpec
 from lp_plugin.architecture import DTYPE_BYTES
 from lp_plugin.model import LayerCost, ModelProfile
 
-__all__ = ["build_layer", "distinct_numbers", "profile_layers", "undisturbed_random"]
+__all__ = ["build_layer", "counted_module", "distinct_numbers", "profile_layers", "undisturbed_random"]
 
 
 def profile_layers(specs: Sequence[Any], dtype: str) -> ModelProfile:
     """Parameters and bytes of every layer, frozen ones included; nothing is allocated.
 
-    Products with a weight cost 2 FLOPs per weight and token; embeddings cost none. Activations are not known from
-    the layers alone and count as 0.
+    Products with a weight cost 2 FLOPs per weight and token; embeddings cost none, unless a TiedLayerSpec's
+    ``forward_fn`` uses one (as a head). Activations are not known from the layers alone and count as 0.
 
     Args:
         specs: LayerSpec, TiedLayerSpec, nn.Module or callable, as DeepSpeed takes them.
@@ -32,7 +32,7 @@ def profile_layers(specs: Sequence[Any], dtype: str) -> ModelProfile:
     for index, (spec, number) in enumerate(zip(specs, numbers, strict=True)):
         if number not in counted:
             with undisturbed_random():
-                counted[number] = _count(build_layer(spec, "meta"), dtype)
+                counted[number] = _count(counted_module(spec), dtype, looks_up=_forward_fn(spec) is None)
         cost = counted[number]
         tied = isinstance(spec, TiedLayerSpec)
         layers.append(
@@ -49,15 +49,20 @@ def profile_layers(specs: Sequence[Any], dtype: str) -> ModelProfile:
     return ModelProfile(name="PipelineModule", layers=tuple(layers), dtype=dtype, input_bytes_per_token=0.0)
 
 
+def counted_module(spec: Any) -> Any:
+    """What holds a layer's parameters: built on meta, or as it is if it exists already; a function has none."""
+    return _built(spec, "meta") if isinstance(spec, LayerSpec) else spec
+
+
 def build_layer(spec: Any, device: str) -> Callable[[Any], Any]:
-    """One layer on a device; a module that exists already is left where it is when only counted."""
+    """One layer on a device, ready to be called; a module that exists already is copied."""
     if isinstance(spec, TiedLayerSpec):
         module, forward = _built(spec, device), spec.forward_fn
         return module if forward is None else lambda value: forward(module, value)
     if isinstance(spec, LayerSpec):
         return _built(spec, device)
     if isinstance(spec, torch.nn.Module):
-        return spec if device == "meta" else copy.deepcopy(spec).to(device)
+        return copy.deepcopy(spec).to(device)
     return spec  # a plain function
 
 
@@ -73,7 +78,7 @@ def _built(spec: Any, device: str) -> torch.nn.Module:
 
 
 def distinct_numbers(specs: Sequence[Any]) -> list[int]:
-    """A number per layer; equal numbers mean the same class with the same arguments."""
+    """A number per layer; equal numbers mean the same class with the same arguments, called alike."""
     seen: list[Any] = []
     numbers = []
     for spec in specs:
@@ -97,7 +102,7 @@ def _same(first: Any, second: Any) -> bool:
     if type(first) is not type(second):
         return False
     if isinstance(first, LayerSpec):
-        if first.typename is not second.typename:
+        if first.typename is not second.typename or _forward_fn(first) is not _forward_fn(second):
             return False
         try:
             return bool(first.module_args == second.module_args and first.module_kwargs == second.module_kwargs)
@@ -106,6 +111,10 @@ def _same(first: Any, second: Any) -> bool:
     if isinstance(first, torch.nn.Module):
         return repr(first) == repr(second) and _shapes(first) == _shapes(second)
     return first is second
+
+
+def _forward_fn(spec: Any) -> Any:
+    return spec.forward_fn if isinstance(spec, TiedLayerSpec) else None
 
 
 def _shapes(module: torch.nn.Module) -> list[tuple[int, ...]]:
@@ -118,13 +127,13 @@ def _name(spec: Any) -> str:
     return str(getattr(spec, "__name__", type(spec).__name__))
 
 
-def _count(layer: Any, dtype: str) -> LayerCost:
+def _count(layer: Any, dtype: str, *, looks_up: bool) -> LayerCost:
     if not isinstance(layer, torch.nn.Module):
         return LayerCost(name="")
     looked_up = {
         id(parameter)
         for module in layer.modules()
-        if isinstance(module, torch.nn.Embedding)
+        if looks_up and isinstance(module, torch.nn.Embedding)
         for parameter in module.parameters(recurse=False)
     }
     parameters = list(layer.parameters())

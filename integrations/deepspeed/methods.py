@@ -43,7 +43,7 @@ def install(settings_of: Callable[[PipelineModule], Settings]) -> None:
         settings_of: The settings that apply to a module.
     """
     original = PipelineModule._partition_layers
-    if hasattr(original, "__wrapped__"):
+    if hasattr(original, "of_lp_plugin"):
         return
 
     @functools.wraps(original)
@@ -63,6 +63,7 @@ def install(settings_of: Callable[[PipelineModule], Settings]) -> None:
         stage = self._topo.get_coord(self.global_rank).pipe
         self._set_bounds(start=self.parts[stage], stop=self.parts[stage + 1])
 
+    _partition_layers.of_lp_plugin = True  # type: ignore[attr-defined]
     PipelineModule._partition_layers = _partition_layers
 
 

@@ -9,7 +9,7 @@ import torch
 
 from lp_plugin.errors import DeepSpeedConfigError
 from lp_plugin.integrations.deepspeed.config import InputSpec, Settings
-from lp_plugin.integrations.deepspeed.layers import build_layer, undisturbed_random
+from lp_plugin.integrations.deepspeed.layers import counted_module, undisturbed_random
 
 __all__ = ["sample_input"]
 
@@ -37,7 +37,7 @@ def _inferred(specs: Sequence[Any], settings: Settings) -> InputSpec:
     """From the first embedding or linear module of the first layer that has one."""
     for spec in specs:
         with undisturbed_random():
-            layer = build_layer(spec, "meta")
+            layer = counted_module(spec)
         modules = layer.modules() if isinstance(layer, torch.nn.Module) else ()
         for module in modules:
             if isinstance(module, torch.nn.Embedding):

@@ -70,7 +70,7 @@ def read_documents(path: str | Path) -> list[Document]:
     if parse is None:
         raise DocumentError(f"{file}: input files end in .jsonl or .txt, not {file.suffix or 'nothing'!r}.")
     try:
-        lines = file.read_text(encoding="utf-8").split("\n")
+        lines = file.read_bytes().decode("utf-8-sig").split("\n")
     except FileNotFoundError:
         raise DocumentError(f"{file} does not exist; give the path of a .jsonl or .txt file.") from None
     except UnicodeDecodeError as error:
@@ -107,9 +107,12 @@ def tokenize(
 
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+        if not tokenizer.get_vocab().keys() - tokenizer.get_added_vocab().keys():
+            raise ValueError("it has no vocabulary.")  # noqa: TRY301 - what transformers makes of a missing file
+    except Exception as error:  # noqa: BLE001 - a broken file raises anything
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ModelConfigError(
-            f"{directory} has no tokenizer that transformers can load: {str(error).splitlines()[0]} "
+            f"{directory} has no tokenizer that transformers can load: {reason} "
             "Save the model's own tokenizer there (tokenizer.save_pretrained)."
         ) from None
     encoded = tokenizer([document.text for document in documents], verbose=False)["input_ids"]
@@ -150,4 +153,14 @@ def _parse_jsonl(file: Path, lines: list[str]) -> Iterator[Document]:
         identity = record.get("id")
         if not isinstance(identity, (str, int)) or isinstance(identity, bool):
             raise DocumentError(f'{file}, line {number}: "id" is {identity!r}; it must be a string or a whole number.')
+        if not _is_unicode(str(identity) + record["text"]):
+            raise DocumentError(f"{file}, line {number}: holds half a surrogate pair, which is no text; correct it.")
         yield Document(id=identity, text=record["text"])
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

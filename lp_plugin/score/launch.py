@@ -75,6 +75,7 @@ def launch_local(num_processes: int, entry: Callable[..., Any], *arguments: Any)
         SystemExit: With code 2 if a rank ended with a deliberate error, which it has printed.
         RankFailedError: If a rank died otherwise; names it.
     """
+    from torch.distributed.elastic.multiprocessing.api import SignalException  # noqa: PLC0415
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError  # noqa: PLC0415
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch  # noqa: PLC0415
 
@@ -96,6 +97,8 @@ def launch_local(num_processes: int, entry: Callable[..., Any], *arguments: Any)
         return elastic_launch(config, run_and_report)(entry, *arguments)[0]
     except ChildFailedError as error:
         raise _explained(error) from None
+    except SignalException:  # the launcher has stopped its processes
+        raise KeyboardInterrupt from None
 
 
 def run_and_report(entry: Callable[..., Any], *arguments: Any) -> Any:

@@ -114,7 +114,10 @@ def frozen_layers() -> list[Any]:
 def vectors(micro_batch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     generator = torch.Generator().manual_seed(2)
     while True:
-        yield torch.randn(micro_batch, 12, generator=generator), torch.randint(10, (micro_batch, 1), generator=generator)
+        yield (
+            torch.randn(micro_batch, 12, generator=generator),
+            torch.randint(10, (micro_batch, 1), generator=generator),
+        )
 
 
 BATCHES = {make_layers: make_batches, tied_layers: make_batches, mixed_layers: vectors, frozen_layers: vectors}
@@ -221,9 +224,7 @@ def cases(folder: Path) -> dict[str, Callable[[], Result]]:
         "plan, other layers": lambda: seen(make(tied_layers, partition_method=f"plan:{plan}")),
         "plan, other stages": lambda: seen(make(make_layers, partition_method=f"plan:{plan}", num_stages=1)),
         "plan, missing": lambda: seen(make(make_layers, partition_method=f"plan:{folder}/Missing.json")),
-        "stages outnumber layers": lambda: seen(
-            make(lambda: [torch.nn.Linear(2, 2)], partition_method="cache-aware")
-        ),
+        "stages outnumber layers": lambda: seen(make(lambda: [torch.nn.Linear(2, 2)], partition_method="cache-aware")),
         "profile, nothing to infer": lambda: seen(make(lambda: [torch.relu, torch.tanh], **profiled)),
         "profile, wrong input": lambda: seen(
             make(mixed_layers, configured=section(input={"shape": [4, 13]}), **profiled)

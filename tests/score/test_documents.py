@@ -40,12 +40,18 @@ def test_windows_line_ends_are_no_text(tmp_path: Path) -> None:
     assert [each.text for each in read_documents(written(tmp_path, "a.txt", "one\r\n\r\ntwo\r\n"))] == ["one", "two"]
 
 
-@pytest.mark.parametrize("separator", ["\u2028", "\u0085", "\x0b", "\x0c", "\x1c"])
+@pytest.mark.parametrize("separator", ["\r", "\u2028", "\u0085", "\x0b", "\x0c", "\x1c"])
 def test_only_line_feeds_end_a_line(tmp_path: Path, separator: str) -> None:
     """str.splitlines() would cut here."""
     assert len(read_documents(written(tmp_path, "a.txt", f"one{separator}two\n"))) == 1
-    record = json.dumps({"id": 1, "text": f"one{separator}two"}, ensure_ascii=False)
+    record = json.dumps({"id": 1, "text": f"one{separator}two"}, ensure_ascii=separator < " ")
     assert read_documents(written(tmp_path, "a.jsonl", record)) == [Document(id=1, text=f"one{separator}two")]
+
+
+def test_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    assert read_documents(written(tmp_path, "a.txt", "\ufeffone")) == [Document(id=1, text="one")]
+    line = '\ufeff{"id": 1, "text": "one"}'
+    assert read_documents(written(tmp_path, "a.jsonl", line)) == [Document(id=1, text="one")]
 
 
 def test_jsonl_keeps_ids_and_texts(tmp_path: Path) -> None:
