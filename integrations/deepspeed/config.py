@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import hjson  # type: ignore[import-untyped]
+import hjson
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
 from lp_plugin.errors import DeepSpeedConfigError

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import runpy
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -61,4 +62,8 @@ def launch_script(script: str | Path, arguments: Sequence[str]) -> None:
         )
     sys.argv = [str(script), *arguments]
     sys.path.insert(0, str(Path(script).resolve().parent))
-    runpy.run_path(str(script), run_name="__main__")
+    try:
+        runpy.run_path(str(script), run_name="__main__")
+    except EOFError:  # say what it was: typer would take it for a closed terminal and print "Aborted."
+        traceback.print_exc()
+        raise SystemExit(1) from None
