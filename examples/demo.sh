@@ -8,7 +8,7 @@ export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu} CUDA_VISIBLE_DEVICES= TRANSFORMERS_
 say() { printf '\n\033[1m%s\033[0m\n' "$*"; }
 
 mkdir -p "$out"
-rm -rf "$out/model"
+rm -rf "$out/model" "$out/scores.jsonl.partial"  # what an interrupted demo left
 say "1. The reference model on 16 H100s, planned from its config.json alone"
 lp-plugin plan examples/dense16 --cluster h100-sxm:16 --batch 1024 --sequence 10000 -o "$out/plan.json"
 lp-plugin explain "$out/plan.json" --picture "$out/plan.png" > /dev/null

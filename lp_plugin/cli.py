@@ -5,6 +5,7 @@ Every deliberate error ends with one message and exit code 2.
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -13,7 +14,7 @@ import typer
 from rich.console import Console
 
 from lp_plugin._version import __version__
-from lp_plugin.errors import LpPluginError
+from lp_plugin.errors import LpPluginError, MissingDependencyError
 from lp_plugin.hardware import Cluster
 from lp_plugin.model import ModelProfile
 from lp_plugin.planfile import load_plan, save_plan
@@ -40,9 +41,6 @@ def main() -> None:
     except LpPluginError as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("interrupted; finished documents are kept: the same command goes on.", file=sys.stderr)  # noqa: T201
-        raise SystemExit(130) from None
 
 
 def _version(value: bool) -> None:
@@ -58,6 +56,12 @@ def _options(
     ] = False,
 ) -> None:
     del version
+
+
+def _require(extra: str, *modules: str) -> None:
+    for name in modules:
+        if importlib.util.find_spec(name) is None:
+            raise MissingDependencyError(f"{name} is not installed; install it with: pip install 'lp-plugin[{extra}]'")
 
 
 def _console() -> Console:
@@ -121,10 +125,14 @@ def run(
         typer.Option(help="Documents of the longest length per micro-batch (shorter ones share its tokens)."),
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="Precision instead of the config's.")] = None,
+    cluster: Annotated[
+        str | None, typer.Option(help="Devices to plan for, as for 'plan'; left out, the driver is asked.")
+    ] = None,
     timeline: Annotated[Path | None, typer.Option(help="Draw what each stage did when (.png, .svg, .pdf).")] = None,
     report: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
 ) -> None:
     """Score documents with a pipelined model; interrupted, the same command goes on where it stopped."""
+    _require("run", "torch", "deepspeed", "transformers")
     from lp_plugin.score.command import score  # noqa: PLC0415 - imports torch
 
     score(
@@ -135,6 +143,7 @@ def run(
         plan_path=plan,
         micro_batch=micro_batch,
         dtype=dtype,
+        cluster=cluster,
         timeline=timeline,
         report=report,
     )
@@ -151,6 +160,7 @@ def launch(
 
     Under torchrun: torchrun --nproc-per-node 4 --no-python lp-plugin launch train.py --deepspeed_config ds.json
     """
+    _require("deepspeed", "deepspeed")
     from lp_plugin.integrations.deepspeed.launch import launch_script  # noqa: PLC0415 - imports torch
 
     launch_script(script, context.args)
@@ -160,10 +170,11 @@ def launch(
 def bench_planner(
     layers: Annotated[int, typer.Option(help="Layers.")] = 1000,
     stages: Annotated[int, typer.Option(help="Stages.")] = 64,
-    repeats: Annotated[int, typer.Option(help="Timed repeats of ours.")] = 7,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed repeats of ours.")] = 7,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Write the figures as JSON.")] = None,
 ) -> None:
     """Time our exact partition beside DeepSpeed's partition_balanced, on the same costs."""
+    _require("deepspeed", "deepspeed")
     from lp_plugin.bench.planner import compare_planners  # noqa: PLC0415 - imports DeepSpeed
 
     compare_planners(_console(), layers=layers, stages=stages, repeats=repeats, output=output)

@@ -70,6 +70,7 @@ class LayerTable:
         )
         passes = 3 if self.is_training else 1  # backward computes twice the forward's products
         self.layers = layers
+        self.measured_on = profile.measured_on
         self.flops = passes * _column(
             [
                 layer.flops_per_token * tokens + layer.flops_per_pair * pair * micro_batch
@@ -95,12 +96,17 @@ class LayerTable:
 
     def layer_seconds(self, device: Device, tier: int, dtype: str) -> FloatArray:
         """Seconds of each layer when its stage lives in ``device.tiers[tier]``; shape [num_layers]."""
+        roofline = self._roofline(device, tier, dtype)
+        measured = self.seconds
+        if self.measured_on is not None and self.measured_on.name != device.name:
+            there = self._roofline(self.measured_on, len(self.measured_on.tiers) - 1, dtype)
+            measured = measured * np.divide(roofline, there, out=np.ones_like(there), where=there > 0)
+        return np.where(np.isnan(measured), roofline, measured)
+
+    def _roofline(self, device: Device, tier: int, dtype: str) -> FloatArray:
         overhead = _column([device.layer_overhead_seconds if layer.kind == "block" else 0.0 for layer in self.layers])
-        roofline = np.maximum(
-            self.flops / device.flops(dtype),
-            self.traffic / device.tiers[tier].achieved_bytes_per_second,
-        )
-        return np.where(np.isnan(self.seconds), np.maximum(roofline, overhead), self.seconds)
+        compute = self.flops / device.flops(dtype)
+        return np.maximum(np.maximum(compute, self.traffic / device.tiers[tier].achieved_bytes_per_second), overhead)
 
     @cached_property
     def shared_pairs(self) -> list[tuple[int, int, int, float]]:
@@ -249,7 +255,7 @@ def stage_tables(profile: ModelProfile, cluster: Cluster, workload: Workload, *,
 
 
 def work_lower_bound(tables: list[StageTable], num_layers: int) -> float:
-    """Seconds that no partition over these stages can beat, even if layers could be cut anywhere.
+    """Seconds that no partition of these layers over these stages can beat.
 
     The larger of: the heaviest layer on the device that runs it fastest; all layers spread over all devices,
     each layer counted at the tier it reaches alone. Transfers and memory are left out.

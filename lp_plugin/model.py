@@ -12,6 +12,7 @@ from typing import Any
 
 from lp_plugin.architecture import DTYPE_BYTES, Architecture, read_architecture, read_config
 from lp_plugin.errors import ModelConfigError
+from lp_plugin.hardware import Device
 
 __all__ = ["LayerCost", "ModelProfile"]
 
@@ -74,6 +75,8 @@ class ModelProfile:
     """Bytes of the model's own input per token (token ids are int64)."""
     max_positions: int | None = None
     """Longest sequence in tokens, where the model has a limit."""
+    measured_on: Device | None = None
+    """The device that the layers' seconds were measured on; None if on all alike, or not measured."""
 
     def __post_init__(self) -> None:
         if not self.layers:
@@ -100,8 +103,16 @@ class ModelProfile:
 
     @property
     def digest(self) -> str:
-        """SHA-256 over the layers' names, kinds and parameter counts: the model, whatever its precision."""
-        rows = [[layer.name, layer.kind, layer.parameters, layer.shared_key] for layer in self.layers]
+        """SHA-256 over the layers and their costs: the model, whatever its precision and however it was timed."""
+        size = DTYPE_BYTES[self.dtype]
+        rows = [
+            [
+                *(layer.name, layer.kind, layer.parameters, layer.shared_key, layer.window),
+                *(layer.flops_per_token, layer.flops_per_pair),
+                *(layer.weight_bytes / size, layer.kv_bytes_per_token / size, layer.output_bytes_per_token / size),
+            ]
+            for layer in self.layers
+        ]
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
     @classmethod
@@ -183,14 +194,26 @@ class ModelProfile:
         )
         return cls(name=name, layers=layers, dtype="float32", input_bytes_per_token=0.0)
 
-    def with_seconds(self, seconds: Sequence[float], backward_seconds: Sequence[float] | None = None) -> ModelProfile:
-        """The same layers with measured seconds per micro-batch in place of the roofline."""
+    def with_seconds(
+        self,
+        seconds: Sequence[float],
+        backward_seconds: Sequence[float] | None = None,
+        *,
+        measured_on: Device | None = None,
+    ) -> ModelProfile:
+        """The same layers with measured seconds per micro-batch in place of the roofline.
+
+        Args:
+            seconds: Forward, one per layer.
+            backward_seconds: Backward, one per layer; twice the forward ones if left out.
+            measured_on: Their device; on others they are scaled by the ratio of the rooflines.
+        """
         backward = [None] * len(self.layers) if backward_seconds is None else backward_seconds
         layers = tuple(
             dataclasses.replace(layer, seconds=forward, backward_seconds=back)
             for layer, forward, back in zip(self.layers, seconds, backward, strict=True)
         )
-        return dataclasses.replace(self, layers=layers)
+        return dataclasses.replace(self, layers=layers, measured_on=measured_on)
 
 
 def _decoder_layers(architecture: Architecture) -> tuple[LayerCost, ...]:
@@ -220,7 +243,7 @@ def _decoder_layers(architecture: Architecture) -> tuple[LayerCost, ...]:
         traffic_bytes_per_token=2 * hidden * size,
         output_bytes_per_token=hidden * size,
     )
-    # log-probabilities are taken in float32: a float32 copy of the logits and its log-softmax
+    # log-probabilities are taken in float32: a float32 copy of the logits and its log-softmax, each written and read
     head = LayerCost(
         name="head",
         kind="head",
@@ -229,7 +252,7 @@ def _decoder_layers(architecture: Architecture) -> tuple[LayerCost, ...]:
         shared_key=key,
         shared_bytes=table * size if key else 0,
         weight_traffic_bytes=table * size,
-        traffic_bytes_per_token=(hidden + 3 * architecture.vocab_size) * size,
+        traffic_bytes_per_token=(hidden + 2 * architecture.vocab_size) * size + 4 * 4 * architecture.vocab_size,
         flops_per_token=2.0 * table,
         output_bytes_per_token=architecture.vocab_size * size,
         buffer_bytes_per_token=architecture.vocab_size * 2 * 4,

@@ -104,7 +104,7 @@ class Plan:
     layers: tuple[LayerFootprint, ...]
     """Footprint of each layer."""
     lower_bound_seconds: float
-    """No partition over these devices can have a faster bottleneck, even with layers cut anywhere."""
+    """The heaviest layer, or all work spread evenly: no partition of these layers can have a faster bottleneck."""
     notes: tuple[str, ...] = ()
     """What a user should know: why the batch is cut, what more devices would not bring, ..."""
     model_digest: str

@@ -110,7 +110,8 @@ def summary(plan: Plan) -> Text:
     gap = plan.bottleneck_seconds / plan.lower_bound_seconds - 1 if plan.lower_bound_seconds else 0.0
     lines = [
         f"bottleneck   {format_seconds(plan.bottleneck_seconds)} per micro-batch{_claim(plan)}",
-        f"lower bound  {format_seconds(plan.lower_bound_seconds)} if layers could be cut anywhere ({gap:+.1%})",
+        f"lower bound  {format_seconds(plan.lower_bound_seconds)}, the heaviest layer or all work spread evenly "
+        f"({gap:+.1%})",
         f"throughput   {plan.tokens_per_second:,.0f} tokens/s predicted; "
         f"{plan.num_micro_batches} micro-batches of {plan.workload.chosen_micro_batch}, "
         f"bubble {plan.bubble_fraction:.1%}, whole batch {format_seconds(plan.makespan_seconds)}",

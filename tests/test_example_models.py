@@ -3,6 +3,7 @@
 import filecmp
 import importlib
 import json
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -260,3 +261,13 @@ def test_interruption_leaves_nothing(make: Make, tmp_path: Path, monkeypatch: py
     with pytest.raises(OSError, match="disk full"):
         make(SMALL, output=tmp_path / "model")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_documents_for_measurements_have_the_length_asked_for(tmp_path: Path) -> None:
+    output = tmp_path / "documents.jsonl"
+    command = [sys.executable, str(EXAMPLES / "text" / "make_documents.py"), str(output)]
+    subprocess.run([*command, "--count", "7", "--characters", "2047"], check=True)
+    records = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
+    assert [record["id"] for record in records] == list(range(7))
+    assert {len(record["text"]) for record in records} == {2047}
+    assert len({record["text"] for record in records}) == 7

@@ -46,7 +46,7 @@ class Section(BaseModel):
     phase: Phase | None = None
     """Left out: ``train`` if the configuration has an optimizer, else ``prefill``."""
     sequence: PositiveInt = 1
-    """Tokens per sample, for costs and activations."""
+    """Tokens per sample, for FLOPs and for the inferred input."""
     input: list[InputSpec] | InputSpec | None = None
     """What ``profile`` feeds to the first layer; inferred from an embedding or linear layer if left out."""
 
@@ -58,7 +58,7 @@ class Settings:
     section: Section
     """As written."""
     micro_batch: int = 1
-    """``train_micro_batch_size_per_gpu``."""
+    """``train_micro_batch_size_per_gpu``, or what ``train_batch_size`` leaves for one data-parallel replica."""
     num_micro_batches: int = 1
     """``gradient_accumulation_steps``."""
     dtype: str = "float32"
@@ -89,17 +89,18 @@ def read_settings(config: str | Path | Mapping[str, Any]) -> Settings:
     try:
         section = Section.model_validate(raw)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(["lp_plugin", *(str(part) for part in first["loc"])])
+        deepest = max(error.errors(), key=lambda each: len(each["loc"]))  # of "input" the form that was meant
+        steps = (str(part) for part in deepest["loc"] if part not in {"InputSpec", "list[InputSpec]"})
+        key = ".".join(["lp_plugin", *steps])
         known = ", ".join(Section.model_fields)
         raise DeepSpeedConfigError(
-            f"{where}: {key} is {first['input']!r}: {first['msg'].lower()}. Known keys: {known}."
+            f"{where}: {key} is {deepest['input']!r}: {deepest['msg'].lower()}. Known keys: {known}."
         ) from None
     if section.plan is not None and section.method is not None:
         raise DeepSpeedConfigError(f'{where}: lp_plugin has both "plan" and "method"; keep one.')
     return Settings(
         section=section,
-        micro_batch=_positive(content, "train_micro_batch_size_per_gpu", where),
+        micro_batch=_micro_batch(content, where),
         num_micro_batches=_positive(content, "gradient_accumulation_steps", where),
         dtype=_dtype(content),
         has_optimizer="optimizer" in content,
@@ -108,7 +109,7 @@ def read_settings(config: str | Path | Mapping[str, Any]) -> Settings:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = hjson.loads(path.read_text(encoding="utf-8"))  # as DeepSpeed does: comments are allowed
+        content = hjson.loads(path.read_text(encoding="utf-8"), object_pairs_hook=dict)  # as DeepSpeed: with comments
     except FileNotFoundError:
         raise DeepSpeedConfigError(f"{path} does not exist; give the DeepSpeed configuration's path.") from None
     except (OSError, UnicodeDecodeError, hjson.HjsonDecodeError) as error:
@@ -116,6 +117,14 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise DeepSpeedConfigError(f"{path} holds a JSON {type(content).__name__}; a configuration is an object.")
     return content
+
+
+def _micro_batch(content: Mapping[str, Any], where: str) -> int:
+    """As DeepSpeed derives it; the number of replicas is not known here and taken as 1."""
+    if "train_micro_batch_size_per_gpu" in content:
+        return _positive(content, "train_micro_batch_size_per_gpu", where)
+    whole = _positive(content, "train_batch_size", where)
+    return max(1, whole // _positive(content, "gradient_accumulation_steps", where))
 
 
 def _positive(content: Mapping[str, Any], key: str, where: str) -> int:

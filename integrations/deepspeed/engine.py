@@ -11,6 +11,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import deepspeed
@@ -25,6 +26,9 @@ from lp_plugin.measure.layers import synchronize
 from lp_plugin.schedule import Interval
 
 __all__ = ["InstructionTimer", "StageTimes", "build_engine", "init_distributed", "quiet", "stage_alone_seconds"]
+
+_TIMEOUT = timedelta(hours=12)
+"""Other ranks wait in a collective while rank 0 tokenizes; a dead rank is noticed by its launcher, not by this."""
 
 
 def init_distributed() -> None:
@@ -49,7 +53,7 @@ def init_distributed() -> None:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     warnings.filterwarnings("ignore", message=r"barrier\(\): using the device", category=UserWarning)  # DeepSpeed's own
     with quiet():
-        deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo")
+        deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", timeout=_TIMEOUT)
 
 
 @contextlib.contextmanager
@@ -153,11 +157,11 @@ class InstructionTimer:
         return run
 
 
-def stage_alone_seconds(module: PipelineModule, inputs: Any, *, warm_up_seconds: float = 0.0) -> float:
+def stage_alone_seconds(stage: Callable[[Any], Any], inputs: Any, *, warm_up_seconds: float = 0.0) -> float:
     """Median seconds of 7 passes of this rank's stage over one micro-batch, without pipeline or neighbours.
 
     Args:
-        module: This rank's layers.
+        stage: This rank's layers.
         inputs: A micro-batch of what the stage takes, on the device.
         warm_up_seconds: Passes to warm up take at least this long (GPUs lower their clocks under sustained load),
             and are at least 2.
@@ -168,7 +172,7 @@ def stage_alone_seconds(module: PipelineModule, inputs: Any, *, warm_up_seconds:
         while len(seconds) < warm_up + 7:
             synchronize()
             start = time.perf_counter()
-            module(inputs)
+            stage(inputs)
             synchronize()
             seconds.append(time.perf_counter() - start)
             if sum(seconds) < warm_up_seconds:

@@ -51,30 +51,28 @@ def profile_layers(specs: Sequence[Any], dtype: str) -> ModelProfile:
 
 def counted_module(spec: Any) -> Any:
     """What holds a layer's parameters: built on meta, or as it is if it exists already; a function has none."""
-    return _built(spec, "meta") if isinstance(spec, LayerSpec) else spec
+    return _built_on_meta(spec) if isinstance(spec, LayerSpec) else spec
 
 
-def build_layer(spec: Any, device: str) -> Callable[[Any], Any]:
-    """One layer on a device, ready to be called; a module that exists already is copied."""
+def build_layer(spec: Any, device: str, dtype: torch.dtype = torch.float32) -> Callable[[Any], Any]:
+    """One layer on a device in the engine's precision, ready to be called; a module that exists already is copied."""
     if isinstance(spec, TiedLayerSpec):
-        module, forward = _built(spec, device), spec.forward_fn
+        module, forward = spec.build().to(device, dtype), spec.forward_fn
         return module if forward is None else lambda value: forward(module, value)
     if isinstance(spec, LayerSpec):
-        return _built(spec, device)
+        return spec.build().to(device, dtype)
     if isinstance(spec, torch.nn.Module):
-        return copy.deepcopy(spec).to(device)
+        return copy.deepcopy(spec).to(device, dtype)
     return spec  # a plain function
 
 
-def _built(spec: Any, device: str) -> torch.nn.Module:
-    """The module of a LayerSpec, built on a device; for real where its constructor can't work on meta."""
-    if device == "meta":
-        try:
-            with torch.device("meta"):
-                return spec.build()
-        except (NotImplementedError, RuntimeError):
+def _built_on_meta(spec: Any) -> torch.nn.Module:
+    """The module of a LayerSpec without memory; with it where the constructor can't work on meta."""
+    try:
+        with torch.device("meta"):
             return spec.build()
-    return spec.build().to(device)
+    except (NotImplementedError, RuntimeError):
+        return spec.build()
 
 
 def distinct_numbers(specs: Sequence[Any]) -> list[int]:

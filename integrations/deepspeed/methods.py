@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import os
+import socket
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -20,12 +21,12 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.pipe import PipelineModule
 from deepspeed.utils import logger
 
-from lp_plugin.errors import DeepSpeedConfigError, PlanFileError
+from lp_plugin.errors import DeepSpeedConfigError, PlanFileError, RuntimeEnvironmentError
 from lp_plugin.hardware import Cluster, Device, Link, load_link
 from lp_plugin.integrations.deepspeed.config import Settings
 from lp_plugin.integrations.deepspeed.layers import build_layer, distinct_numbers, profile_layers, undisturbed_random
 from lp_plugin.integrations.deepspeed.sample import sample_input
-from lp_plugin.measure.device import detect_device
+from lp_plugin.measure.device import NETWORK, detect_device
 from lp_plugin.measure.layers import LayerFailedError, LayerSeconds, time_layers
 from lp_plugin.model import ModelProfile
 from lp_plugin.plan import Plan
@@ -33,7 +34,7 @@ from lp_plugin.planfile import load_plan
 from lp_plugin.planner import make_plan
 from lp_plugin.workload import Workload
 
-__all__ = ["decide", "detected_cluster", "install", "timed_profile"]
+__all__ = ["decide", "detected_cluster", "install", "timed_profile", "timing_share"]
 
 
 def install(settings_of: Callable[[PipelineModule], Settings]) -> None:
@@ -80,24 +81,49 @@ def decide(module: PipelineModule, method: str, settings: Settings) -> Plan | No
     if method.lower() not in {"cache-aware", "profile"}:
         return None
     profile = profile_layers(module._layer_specs, settings.dtype)
+    has_loss = settings.section.phase is None and module.loss_fn is not None
     workload = Workload(
-        phase=settings.phase,
+        phase="train" if has_loss else settings.phase,
         batch=settings.micro_batch * settings.num_micro_batches,
         sequence=settings.section.sequence,
         micro_batch=settings.micro_batch,
     )
+    if module.global_rank == 0:
+        logger.info(f"lp_plugin: planning for {workload.phase} in {settings.dtype}, micro-batch {settings.micro_batch}")
+    cluster = detected_cluster(module, settings.section.device)
     if method.lower() == "profile":
-        specs = module._layer_specs
-        sample = sample_input(specs, settings, _device_name())
-        profile = timed_profile(
+        profile = _timed(module, profile, cluster, settings, training=workload.phase == "train")
+    return make_plan(profile, cluster, workload, module.num_stages, objective=settings.section.objective)
+
+
+def _timed(
+    module: PipelineModule, profile: ModelProfile, cluster: Cluster, settings: Settings, *, training: bool
+) -> ModelProfile:
+    specs, dtype = module._layer_specs, getattr(torch, settings.dtype)
+    try:
+        return timed_profile(
             profile,
             distinct_numbers(specs),
-            lambda index: build_layer(specs[index], _device_name()),
-            sample,
-            training=settings.phase == "train",
+            lambda index: build_layer(specs[index], _device_name(), dtype),
+            sample_input(specs, settings, _device_name()),
+            training=training,
+            measured_on=cluster.devices[0],
+            share=timing_share(module, cluster),
         )
-    cluster = detected_cluster(module, settings.section.device)
-    return make_plan(profile, cluster, workload, module.num_stages, objective=settings.section.objective)
+    except RuntimeEnvironmentError as error:
+        raise DeepSpeedConfigError(
+            f'partition_method "profile": {error} Describe the first layer\'s input under '
+            '"lp_plugin": {"input": {"shape": [...], "dtype": ...}}.'
+        ) from None
+
+
+def timing_share(module: PipelineModule, cluster: Cluster) -> tuple[int, int]:
+    """(turn, processes) of this rank among those whose device is of the first stage's kind; no turn for others."""
+    kind = cluster.devices[0].name
+    ranks = range(dist.get_world_size())
+    alike = [rank for rank in ranks if cluster.devices[module._topo.get_coord(rank).pipe].name == kind]
+    mine = dist.get_rank()
+    return (alike.index(mine) if mine in alike else len(alike)), len(alike)
 
 
 def timed_profile(
@@ -107,13 +133,15 @@ def timed_profile(
     sample: Any,
     *,
     training: bool,
+    measured_on: Device,
+    share: tuple[int, int],
 ) -> ModelProfile:
     """The profile with seconds measured on the real devices; ranks share the distinct layers and the results.
 
     Collective: every rank of the job calls it.
 
     Raises:
-        DeepSpeedConfigError: If a layer can't take what the one before hands on.
+        RuntimeEnvironmentError: If a layer can't be built, or can't take what the one before hands on.
     """
     failure: str | None = None
     mine: dict[int, LayerSeconds] = {}
@@ -128,14 +156,11 @@ def timed_profile(
     torch.distributed.all_gather_object(gathered, (mine, failure))
     for _, message in gathered:
         if message is not None:
-            raise DeepSpeedConfigError(
-                f'partition_method "profile" could not time a layer: {message}. Describe the first layer\'s input '
-                'under "lp_plugin": {"input": {"shape": [...], "dtype": ...}}.'
-            )
+            raise RuntimeEnvironmentError(f"layers could not be timed: {message}.")
     seconds = {position: value for part, _ in gathered for position, value in part.items()}
     ordered = [seconds[position] for position in range(profile.num_layers)]
     backward = [each.backward for each in ordered] if training else None
-    return profile.with_seconds([each.forward for each in ordered], backward)
+    return profile.with_seconds([each.forward for each in ordered], backward, measured_on=measured_on)
 
 
 def detected_cluster(module: PipelineModule, device: str) -> Cluster:
@@ -145,16 +170,18 @@ def detected_cluster(module: PipelineModule, device: str) -> Cluster:
     """
     if device != "auto":
         if Path(device).suffix == ".toml":
-            return Cluster.from_toml(device)
+            return Cluster.from_toml(device).subset(module.num_stages)
         return Cluster.homogeneous(device, module.num_stages)
     local_processes = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or dist.get_world_size())
-    mine = detect_device(int(os.environ.get("LOCAL_RANK", "0")), local_processes)
-    found: list[Device] = [mine] * dist.get_world_size()
+    mine = (detect_device(int(os.environ.get("LOCAL_RANK", "0")), local_processes), socket.gethostname())
+    found: list[tuple[Device, str]] = [mine] * dist.get_world_size()
     torch.distributed.all_gather_object(found, mine)
-    ranks = [min(module._topo.filter_match(pipe=stage)) for stage in range(module.num_stages)]
-    devices = tuple(found[rank] for rank in ranks)
-    links = tuple(_slower(load_link(left.name), load_link(right.name)) for left, right in pairwise(devices))
-    return Cluster(devices=devices, links=links)
+    stages = [found[min(module._topo.filter_match(pipe=stage))] for stage in range(module.num_stages)]
+    links = tuple(
+        _slower(load_link(left.name), load_link(right.name)) if host == other else NETWORK
+        for (left, host), (right, other) in pairwise(stages)
+    )
+    return Cluster(devices=tuple(device for device, _ in stages), links=links)
 
 
 def _slower(left: Link, right: Link) -> Link:

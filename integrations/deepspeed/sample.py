@@ -23,14 +23,16 @@ def sample_input(specs: Sequence[Any], settings: Settings, device: str) -> Any:
     configured = settings.section.input
     with undisturbed_random():
         if isinstance(configured, list):
-            return tuple(_draw(spec, device) for spec in configured)
-        return _draw(configured or _inferred(specs, settings), device)
+            return tuple(_draw(spec, device, settings.dtype) for spec in configured)
+        return _draw(configured or _inferred(specs, settings), device, settings.dtype)
 
 
-def _draw(spec: InputSpec, device: str) -> torch.Tensor:
+def _draw(spec: InputSpec, device: str, dtype: str) -> torch.Tensor:
+    """Random values; floating-point ones in the engine's precision where it is not float32, as DeepSpeed casts them."""
     if spec.dtype == "int64":
         return torch.randint(spec.high, tuple(spec.shape), device=device)
-    return torch.randn(tuple(spec.shape), device=device, dtype=getattr(torch, spec.dtype))
+    chosen = spec.dtype if dtype == "float32" else dtype
+    return torch.randn(tuple(spec.shape), device=device, dtype=getattr(torch, chosen))
 
 
 def _inferred(specs: Sequence[Any], settings: Settings) -> InputSpec:

@@ -106,8 +106,13 @@ class DecoderStage(nn.Module):
         index, rest = name[len(prefix) :].split(".", 1)
         return f"{prefix}{int(index) + self.first_block}.{rest}"
 
-    def materialize(self, device: torch.device | str, dtype: torch.dtype) -> None:
+    def materialize(self, device: torch.device | str, dtype: torch.dtype, *, tie: bool = False) -> None:
         """Gives every tensor memory on ``device``: parameters uninitialised, computed buffers recomputed.
+
+        Args:
+            device: Where to.
+            dtype: Precision of the parameters.
+            tie: Whether head and embedding, if both are here, share their matrix.
 
         Raises:
             UnsupportedModelError: If a buffer that no checkpoint holds can't be recomputed.
@@ -129,7 +134,7 @@ class DecoderStage(nn.Module):
         for name, module in rebuilt.items():
             parent, _, child = name.rpartition(".")
             setattr(self.model.get_submodule(parent), child, module.to(device))
-        if self.tied and self.has_embedding and self.has_head:
+        if tie and self.has_embedding and self.has_head:
             self.model.get_output_embeddings().weight = self.model.get_input_embeddings().weight
         for parameter in self.model.parameters():
             parameter.requires_grad_(False)

@@ -60,7 +60,9 @@ def load_stage(stage: DecoderStage, directory: str | Path, device: torch.device 
     """
     files = weight_files(directory)
     sources = {name: _source(stage, name, files, directory) for name, _ in _tensors(stage)}
-    stage.materialize(device, dtype)
+    head, embedding = f"{stage.head_name}.weight", stage.embedding_name
+    own_head = head in sources and sources[head] != sources.get(f"{stage.decoder_name}.{embedding}")
+    stage.materialize(device, dtype, tie=stage.tied and not own_head)  # a file may hold a head of its own all the same
     with ExitStack() as stack:
         opened: dict[Path, Any] = {}
         for name, tensor in _tensors(stage):

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lp_plugin.cost import stage_tables
+from lp_plugin.errors import InvalidInputError
 from lp_plugin.hardware import Cluster
 from lp_plugin.model import ModelProfile
 from lp_plugin.partition import partition
@@ -33,7 +34,12 @@ def compare_planners(console: Console, *, layers: int, stages: int, repeats: int
 
     Ours is timed from the profile on (tables and solver), after one call to warm up; DeepSpeed's solver once, as it
     takes minutes.
+
+    Raises:
+        InvalidInputError: If the output's folder does not exist.
     """
+    if output is not None and not output.resolve().parent.is_dir():
+        raise InvalidInputError(f"{output} can't be written: folder {output.parent} does not exist.")
     import deepspeed  # noqa: PLC0415 - seconds to import, and an extra
     from deepspeed.runtime.utils import partition_balanced  # noqa: PLC0415
 

@@ -8,9 +8,17 @@ import os
 import torch
 
 from lp_plugin.errors import HardwareError
-from lp_plugin.hardware import Device, catalogue, load_device
+from lp_plugin.hardware import Device, Link, catalogue, load_device
 
-__all__ = ["detect_device"]
+__all__ = ["NETWORK", "detect_device"]
+
+NETWORK = Link(
+    name="network between hosts",
+    bandwidth_bytes_per_second=50e9,  # one 400 Gb/s NDR InfiniBand port per GPU, datasheet
+    latency_seconds=35e-6,  # assumed: as one hop inside a host
+    bandwidth_efficiency=0.8,  # assumed, not measured here
+)
+"""Between neighbours on different hosts, unless the user's cluster file says otherwise."""
 
 _NAMES = {
     "H100 PCIe": "h100-pcie",
@@ -52,7 +60,7 @@ def detect_device(index: int, num_local_processes: int) -> Device:
             return _with_memory(load_device(entry), properties.total_memory)
     raise HardwareError(
         f"GPU {properties.name!r} is not in the catalogue ({', '.join(catalogue())}); "
-        "describe it in a cluster file and name that as the device."
+        'describe it in a cluster file: --cluster FILE.toml, or "device" in the "lp_plugin" section.'
     )
 
 

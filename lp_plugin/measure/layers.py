@@ -69,17 +69,17 @@ def time_layers(
     result = {}
     value = sample
     for position, signature in enumerate(signatures):
-        key = (signature, _shapes(value))
-        if key not in outputs:
-            number = len(outputs)
-            try:
+        try:
+            key = (signature, _shapes(value))
+            if key not in outputs:
+                number = len(outputs)
                 layer = build(position)
                 with torch.no_grad():
                     outputs[key] = layer(value)
                 if number % processes == turn:
                     timed[key] = _median_seconds(layer, value, training=training)
-            except Exception as error:  # whatever the user's layer raises is reported with its position
-                raise LayerFailedError(position, error) from error
+        except Exception as error:  # whatever the user's layer raises is reported with its position
+            raise LayerFailedError(position, error) from error
         if key in timed:
             result[position] = timed[key]
         value = outputs[key]

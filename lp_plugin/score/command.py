@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,6 +29,7 @@ def score(
     plan_path: Path | None,
     micro_batch: int | None,
     dtype: str | None,
+    cluster: str | None,
     timeline: Path | None,
     report: Path | None,
 ) -> None:
@@ -46,17 +48,22 @@ def score(
             plan_path=plan_path,
             micro_batch=micro_batch,
             dtype=dtype,
+            cluster=cluster,
             timeline=timeline,
             report=report,
         )
 
     joined = join_launcher()
-    prepare_environment(int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if joined else num_stages or 1)
+    prepare_environment(int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if joined else num_stages)
     if joined:
         outcome = run_and_report(_joined_rank, prepared)
     else:
         job = prepared()
-        outcome = launch_local(job.num_stages, _local_rank, job)
+        try:
+            outcome = launch_local(job.num_stages, _local_rank, job)
+        except KeyboardInterrupt:  # typer would end without a word
+            print("interrupted; finished documents are kept: the same command goes on.", file=sys.stderr)  # noqa: T201
+            raise SystemExit(130) from None
     if outcome is not None:
         _show(outcome, output, timeline, report)
 
@@ -64,13 +71,13 @@ def score(
 def _local_rank(job: ScoreJob) -> Outcome | None:
     from lp_plugin.score.worker import run_rank  # noqa: PLC0415 - DeepSpeed, only in the ranks
 
-    return run_rank(job)
+    return run_rank(lambda: job)
 
 
 def _joined_rank(prepared: Callable[[], ScoreJob]) -> Outcome | None:
     from lp_plugin.score.worker import run_rank  # noqa: PLC0415
 
-    return run_rank(prepared() if os.environ["RANK"] == "0" else None)
+    return run_rank(prepared if os.environ["RANK"] == "0" else None)
 
 
 def _show(outcome: Outcome, output: Path, timeline: Path | None, report: Path | None) -> None:

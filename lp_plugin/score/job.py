@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from lp_plugin.architecture import read_architecture, read_config
-from lp_plugin.errors import DocumentError, PlanFileError, WorkloadError
+from lp_plugin.errors import (
+    DocumentError,
+    LpPluginError,
+    ModelConfigError,
+    PlanFileError,
+    RuntimeEnvironmentError,
+    WorkloadError,
+)
+from lp_plugin.hardware import Cluster
 from lp_plugin.model import ModelProfile
 from lp_plugin.plan import Plan
 from lp_plugin.planfile import check_model, load_plan
@@ -36,12 +45,10 @@ class ScoreJob:
     """Longest row."""
     output: Path
     """Where the scores go."""
-    timeline: Path | None
-    """Where the timeline picture goes."""
-    report: Path | None
-    """Where the figures go as JSON."""
+    cluster: Cluster | None
+    """Devices and links to plan for; None asks the driver."""
     digest: str
-    """Names model, weights, precision and input."""
+    """Names configuration, weights, precision and input."""
 
 
 def prepare(
@@ -53,6 +60,7 @@ def prepare(
     plan_path: str | Path | None,
     micro_batch: int | None,
     dtype: str | None,
+    cluster: str | None,
     timeline: str | Path | None,
     report: str | Path | None,
 ) -> ScoreJob:
@@ -63,24 +71,17 @@ def prepare(
     """
     profile = ModelProfile.from_config(directory, dtype=dtype)
     plan = _checked_plan(plan_path, profile, num_stages)
-    stages = plan.num_stages if plan is not None else num_stages
-    if stages is None:
-        raise WorkloadError("neither --stages nor --plan is given; say how many stages the pipeline has.")
-    if not 1 <= stages <= profile.num_layers:
-        raise WorkloadError(
-            f"--stages is {stages}, but {profile.name} has {profile.num_layers} layers (embedding, norm and head "
-            f"included) and each stage needs at least one; give 1 to {profile.num_layers}."
-        )
+    stages = _checked_stages(num_stages if plan is None else plan.num_stages, profile)
     if micro_batch is not None and micro_batch < 1:
         raise WorkloadError(f"--micro-batch is {micro_batch}; it must be at least 1.")
-    for path in (output, timeline, report):
-        if path is not None and not Path(path).resolve().parent.is_dir():
-            raise DocumentError(f"{path} can't be written: folder {Path(path).parent} does not exist.")
+    _check_writable(input_path, output, timeline, report)
     read = read_documents(input_path)
     files = _weight_fingerprint(directory)
     architecture = read_architecture(read_config(directory), dtype=dtype)
     documents = tokenize(read, directory, architecture.max_positions, architecture.vocab_size)
-    identity = "|".join([profile.digest, profile.dtype, files, documents.digest])
+    _check_buildable(directory, profile.dtype)
+    config = json.dumps(read_config(directory), sort_keys=True)
+    identity = "|".join([config, profile.dtype, files, documents.digest])
     return ScoreJob(
         directory=Path(directory),
         dtype=profile.dtype,
@@ -90,10 +91,54 @@ def prepare(
         micro_batch=micro_batch,
         max_positions=architecture.max_positions,
         output=Path(output),
-        timeline=None if timeline is None else Path(timeline),
-        report=None if report is None else Path(report),
+        cluster=None if cluster is None else Cluster.parse(cluster).subset(stages),
         digest=hashlib.sha256(identity.encode()).hexdigest(),
     )
+
+
+def _checked_stages(stages: int | None, profile: ModelProfile) -> int:
+    if stages is None:
+        raise WorkloadError("neither --stages nor --plan is given; say how many stages the pipeline has.")
+    if not 1 <= stages <= profile.num_layers:
+        raise WorkloadError(
+            f"--stages is {stages}, but {profile.name} has {profile.num_layers} layers (embedding, norm and head "
+            f"included) and each stage needs at least one; give 1 to {profile.num_layers}."
+        )
+    return stages
+
+
+def _check_buildable(directory: str | Path, dtype: str) -> None:
+    """Lets transformers build one block without memory: what it refuses, the ranks need not find out."""
+    import torch  # noqa: PLC0415 - seconds to import
+    from transformers import AutoConfig  # noqa: PLC0415
+
+    from lp_plugin.integrations.transformers.decoder import DecoderStage  # noqa: PLC0415
+
+    if dtype == "float16" and not torch.cuda.device_count():
+        raise RuntimeEnvironmentError("float16 needs a GPU: CPUs compute it too slowly to use; add --dtype float32.")
+    try:
+        DecoderStage(AutoConfig.from_pretrained(str(directory), local_files_only=True), 0, 2)
+    except LpPluginError:
+        raise
+    except Exception as error:  # noqa: BLE001 - a value that a config class or a layer can't use raises anything
+        raise ModelConfigError(
+            f"transformers can't build the model in {directory}: {type(error).__name__}: {error}. Correct its config."
+        ) from None
+
+
+def _check_writable(
+    input_path: str | Path, output: str | Path, timeline: str | Path | None, report: str | Path | None
+) -> None:
+    """Refuses files that could not be written when the work is done."""
+    for path in (output, timeline, report):
+        if path is not None and not Path(path).resolve().parent.is_dir():
+            raise DocumentError(f"{path} can't be written: folder {Path(path).parent} does not exist.")
+        if path is not None and Path(path).is_dir():
+            raise DocumentError(f"{path} can't be written: it is a folder; give the name of a file.")
+    if Path(output).resolve() == Path(input_path).resolve():
+        raise DocumentError(f"--output {output} would replace the input; give another name.")
+    if timeline is not None and Path(timeline).suffix not in {".png", ".svg", ".pdf"}:
+        raise DocumentError(f"--timeline {timeline}: pictures end in .png, .svg or .pdf.")
 
 
 def _checked_plan(path: str | Path | None, profile: ModelProfile, num_stages: int | None) -> Plan | None:
@@ -111,6 +156,8 @@ def _checked_plan(path: str | Path | None, profile: ModelProfile, num_stages: in
             f"{path} was made for {plan.dtype}, but the job runs in {profile.dtype}; "
             f"add --dtype {plan.dtype}, or make a plan for {profile.dtype}."
         )
+    if plan.workload.phase != "prefill":
+        raise PlanFileError(f"{path} was made for {plan.workload.phase}, but scoring is prefill; make a plan for that.")
     return plan
 
 

@@ -7,6 +7,7 @@ journal first. The first line names the job, so that scores of different jobs ne
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -49,12 +50,16 @@ class Journal:
         self.scores: dict[int, Score] = {}
         self._good_bytes = 0
         try:
-            if self.path.exists():
-                self._read(job_digest)
             self._stream = self.path.open("ab")
+            fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._read(job_digest)
             self._stream.truncate(self._good_bytes)  # a line that a crash cut short
             if not self._good_bytes:
                 self._write_line({"job": job_digest})
+        except BlockingIOError:
+            raise DocumentError(
+                f"{self.path} is in use: another job writes the same --output; wait for it, or choose another."
+            ) from None
         except OSError as error:
             raise DocumentError(f"{self.path} can't be written: {error.strerror}; choose another --output.") from None
 
@@ -64,10 +69,16 @@ class Journal:
 
     def append(self, scores: Mapping[int, Score]) -> None:
         """Adds the scores of one step; on return they are on disk."""
-        for index, score in scores.items():
-            self._write_line({"index": index, "num_tokens": score.num_tokens, "log_likelihood": score.log_likelihood})
-        self._stream.flush()
-        os.fsync(self._stream.fileno())
+        try:
+            for index, score in scores.items():
+                record = {"index": index, "num_tokens": score.num_tokens, "log_likelihood": score.log_likelihood}
+                self._write_line(record)
+            self._stream.flush()
+            os.fsync(self._stream.fileno())
+        except OSError as error:
+            raise DocumentError(
+                f"{self.path} can't be written: {error.strerror}; make room, then start the same command again."
+            ) from None
         self.scores.update(scores)
 
     def finish(self) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import subprocess
 import sys
+import time
 import traceback
 import uuid
 from collections.abc import Callable
@@ -21,14 +23,21 @@ EXIT_ERROR = 2
 """A deliberate error, already printed."""
 EXIT_LOST_PEER = 75
 """Another rank died; this one has nothing to say about it."""
+_PEER_FIRST_SECONDS = 1.0
+"""Before a rank ends because another has: the launcher, which looks every 0.1 seconds, must see that one first."""
 _PEER_GONE = ("connection closed", "connection reset", "socket", "gloo", "nccl", "broken pipe", "timed out")
 
 
-def prepare_environment(num_local_processes: int) -> None:
-    """Variables that the frameworks read at import; what the user has set stays."""
+def prepare_environment(num_local_processes: int | None) -> None:
+    """Variables that the frameworks read at import; what the user has set stays.
+
+    Args:
+        num_local_processes: Ranks that share this host's cores; None if not known yet.
+    """
+    if num_local_processes is not None:
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // max(1, num_local_processes))))
     defaults = {
         "DS_ACCELERATOR": "cuda" if torch.cuda.device_count() else "cpu",
-        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // num_local_processes)),
         "TRANSFORMERS_VERBOSITY": "error",
         # DeepSpeed's point-to-point calls are unbatched and blocking on purpose
         "TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING": "false",
@@ -47,13 +56,15 @@ def join_launcher() -> bool:
     """
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         return True
-    tasks = int(os.environ.get("SLURM_NTASKS", "1"))
+    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))  # set by srun; a batch script alone is one process
     if "SLURM_PROCID" not in os.environ or tasks == 1:
         return False
     os.environ["RANK"] = os.environ["SLURM_PROCID"]
     os.environ["WORLD_SIZE"] = str(tasks)
-    os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]
-    os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ.get("SLURM_NTASKS_PER_NODE", str(tasks)))
+    own_gpu = torch.cuda.device_count() == 1  # --gpus-per-task=1: every task sees its own as number 0
+    os.environ["LOCAL_RANK"] = "0" if own_gpu else os.environ["SLURM_LOCALID"]
+    per_node = os.environ.get("SLURM_STEP_TASKS_PER_NODE", str(tasks))  # such as 8(x2) or 8,4
+    os.environ.setdefault("LOCAL_WORLD_SIZE", re.split(r"[(,]", per_node)[0])
     os.environ.setdefault("MASTER_PORT", "29500")
     if "MASTER_ADDR" not in os.environ:
         os.environ["MASTER_ADDR"] = _first_slurm_host()
@@ -80,7 +91,8 @@ def launch_local(num_processes: int, entry: Callable[..., Any], *arguments: Any)
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch  # noqa: PLC0415
 
     prepare_environment(num_processes)
-    for name in ("torch.distributed.elastic", "torch.multiprocessing"):  # what they log, we say in one line
+    # what they log, we say in one line; the agent's logger has a level of its own
+    for name in ("torch.distributed.elastic", "torch.distributed.elastic.agent.server.api", "torch.multiprocessing"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     config = LaunchConfig(
         min_nodes=1,
@@ -116,12 +128,26 @@ def run_and_report(entry: Callable[..., Any], *arguments: Any) -> Any:
         _end(EXIT_ERROR)
     except BaseException as error:  # noqa: BLE001 - whatever it is, the other ranks must not hang
         if isinstance(error, RuntimeError) and any(word in str(error).lower() for word in _PEER_GONE):
-            _end(EXIT_LOST_PEER)
+            _end_without_peer(error)
         traceback.print_exc()
         _end(1)
 
 
+def _end_without_peer(error: RuntimeError) -> None:
+    """Ends a rank that lost its connection; says so only if no other rank has had an error to report."""
+    joined = torch.distributed.is_initialized()
+    if joined:
+        time.sleep(_PEER_FIRST_SECONDS)
+    if _first_to_fail():
+        what = "lost the connection to another rank" if joined else "can't reach the other ranks"
+        reason = next(iter(str(error).splitlines()), "")
+        print(f"error (rank {os.environ['RANK']}): {what}: {reason}", file=sys.stderr, flush=True)  # noqa: T201
+    _end(EXIT_LOST_PEER if joined else EXIT_ERROR)
+
+
 def _end(code: int) -> None:
+    if sys.stderr.isatty():
+        sys.stderr.write("\x1b[?25h")  # a progress bar may have hidden the cursor
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -131,9 +157,12 @@ def _first_to_fail() -> bool:
     """Whether no other rank has claimed the error yet, decided in the job's own key-value store."""
     try:
         store = torch.distributed.distributed_c10d._get_default_store()
-        return bool(store.add("lp_plugin/error", 1) == 1)
     except (RuntimeError, ValueError):  # no process group yet
         return True
+    try:
+        return bool(store.add("lp_plugin/error", 1) == 1)
+    except RuntimeError:  # rank 0, which may hold the store, has ended: it had its own error
+        return False
 
 
 def _explained(error: Any) -> BaseException:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,7 +70,10 @@ class Outcome:
         """``exp(-log likelihood per scored token)`` over all documents; nan without a scored token."""
         if not self.total_scored_tokens:
             return math.nan
-        return math.exp(-self.total_log_likelihood / self.total_scored_tokens)
+        try:
+            return math.exp(-self.total_log_likelihood / self.total_scored_tokens)
+        except OverflowError:
+            return math.inf
 
     @property
     def wall_seconds(self) -> float:
@@ -131,13 +135,13 @@ class Outcome:
         )
 
     def as_json(self) -> dict[str, Any]:
-        """The figures for a result file; times in seconds."""
+        """The figures for a result file; times in seconds. JSON has no nan: such a perplexity is null."""
         scored = {
             "num_documents": self.num_documents,
             "num_scored": self.num_scored,
             "total_scored_tokens": self.total_scored_tokens,
             "total_log_likelihood": self.total_log_likelihood,
-            "perplexity": self.perplexity,
+            "perplexity": self.perplexity if math.isfinite(self.perplexity) else None,
         }
         if self.plan is None:
             return scored
@@ -181,6 +185,9 @@ class Outcome:
             f"predicted    {format_seconds(self.predicted_seconds)} against "
             f"{format_seconds(self.wall_seconds)} measured ({error:+.1%})",
         ]
+        cores = os.cpu_count() or 1
+        if self.ranks[0].host == "CPU" and len(self.ranks) * self.ranks[0].threads > cores:
+            lines.append(f"note         {len(self.ranks)} processes share {cores} cores: stages slow each other down")
         return Group(self._stage_table(self.plan), Text("\n".join(lines)))
 
     def _stage_table(self, plan: Plan) -> Table:

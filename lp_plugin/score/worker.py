@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -35,13 +35,14 @@ __all__ = ["run_rank"]
 Value = TypeVar("Value")
 
 
-def run_rank(job: ScoreJob | None) -> Outcome | None:
+def run_rank(prepared: Callable[[], ScoreJob] | None) -> Outcome | None:
     """Runs this process's part of the job.
 
     Collective over all ranks of the job; torchrun's environment variables are set.
 
     Args:
-        job: Needed on rank 0, which hands it to the others.
+        prepared: Makes the job; needed on rank 0, which hands it to the others. Called once the ranks are
+            connected: if it raises, the others notice that this one is gone.
 
     Returns:
         The job's figures on rank 0, None elsewhere.
@@ -50,10 +51,9 @@ def run_rank(job: ScoreJob | None) -> Outcome | None:
         LpPluginError: Any of its kinds.
     """
     init_distributed()
-    try:
-        return _run(_agree(job))
-    finally:
-        torch.distributed.destroy_process_group()
+    outcome = _run(_agree(prepared() if prepared else None))
+    torch.distributed.destroy_process_group()  # not after an error: its store tells who has reported it
+    return outcome
 
 
 def _run(job: ScoreJob) -> Outcome | None:
@@ -88,9 +88,19 @@ class _Done:
     plan: Plan | None = None
     tokens_per_micro_batch: int = 0
     steps: list[Step] = field(default_factory=list)
-    times: list[StageTimes] = field(default_factory=list)
+    wall_seconds: list[float] = field(default_factory=list)
+    forward_seconds: list[float] = field(default_factory=list)
+    longest: StageTimes | None = None
     alone_seconds: float = 0.0
     elapsed_seconds: float = 0.0
+
+    def add(self, step: Step, times: StageTimes) -> None:
+        """Counts a step; of the instructions only the longest step's are kept, for the timeline."""
+        self.steps.append(step)
+        self.wall_seconds.append(times.wall_seconds)
+        self.forward_seconds.append(times.busy_seconds("forward"))
+        if self.longest is None or len(times.intervals) > len(self.longest.intervals):
+            self.longest = times
 
 
 def _check_processes(job: ScoreJob) -> None:
@@ -100,8 +110,6 @@ def _check_processes(job: ScoreJob) -> None:
             f"{world} processes for {job.num_stages} stages: the job needs one process per stage; "
             f"start {job.num_stages} processes, or pass --stages {world}."
         )
-    if job.dtype == "float16" and not torch.cuda.is_available():
-        raise RuntimeEnvironmentError("float16 needs a GPU: CPUs compute it too slowly to use; add --dtype float32.")
 
 
 def _load(job: ScoreJob, remaining: list[int]) -> tuple[HFPipelineModule, int]:
@@ -121,6 +129,7 @@ def _load(job: ScoreJob, remaining: list[int]) -> tuple[HFPipelineModule, int]:
             workload=workload,
             plan=job.plan,
             dtype=job.dtype,
+            cluster=job.cluster,
             loss_fn=log_likelihoods,
         )
     return module, longest
@@ -140,11 +149,12 @@ def _run_steps(
     engine = _engine(module, steps[0])
     timer = InstructionTimer(engine)
     done.alone_seconds = _alone(module, steps[0])
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
     for step in steps:
         scores, times = _run_step(engine, timer, job, step)
-        done.steps.append(step)
-        done.times.append(times)
+        done.add(step, times)
         if journal and progress:
             journal.append(scores)
             progress.advance(step, job.documents)
@@ -160,14 +170,15 @@ def _engine(module: HFPipelineModule, step: Step) -> Any:
 
 
 def _alone(module: HFPipelineModule, step: Step) -> float:
-    """Seconds of this rank's stage by itself; ranks that share a CPU take turns."""
+    """Seconds of this rank's stage by itself, loss included; ranks that share a CPU take turns."""
     inputs = _stage_input(module, step)
+    stage = module.with_loss(module) if module.stage.has_head else module
     if torch.cuda.is_available():
-        return stage_alone_seconds(module, inputs, warm_up_seconds=1.0)
+        return stage_alone_seconds(stage, inputs, warm_up_seconds=1.0)
     seconds = 0.0
     for turn in range(dist.get_world_size()):
         if turn == dist.get_rank():
-            seconds = stage_alone_seconds(module, inputs)
+            seconds = stage_alone_seconds(stage, inputs)
         dist.barrier()
     return seconds
 
@@ -184,6 +195,7 @@ def _stage_input(module: HFPipelineModule, step: Step) -> torch.Tensor:
 def _run_step(engine: Any, timer: InstructionTimer, job: ScoreJob, step: Step) -> tuple[dict[int, Score], StageTimes]:
     """One ``eval_batch``; the scores reach every rank."""
     engine.reset_activation_shape()  # else another step's shape would be assumed, silently
+    engine.total_loss = None  # eval_batch goes on adding to it, whatever the number of rows
     engine.set_train_micro_batch_size(step.rows)
     timer.start()
     outputs = engine.eval_batch(
@@ -205,7 +217,8 @@ def _run_step(engine: Any, timer: InstructionTimer, job: ScoreJob, step: Step) -
             if not math.isfinite(value):
                 raise RuntimeEnvironmentError(
                     f"document {job.documents.ids[index]!r} got log-likelihood {value}: the model overflows in "
-                    f"{job.dtype}, or its weights hold values that are not finite. Try --dtype float32 or bfloat16."
+                    f"{job.dtype}, or its weights hold values that are not finite. Try --dtype float32 or bfloat16, "
+                    f"with another --output or without {job.output}.partial (scores of one precision don't mix)."
                 )
             scores[index] = Score(num_tokens=max(len(job.documents[index]) - 1, 0), log_likelihood=value + 0.0)
     return scores, times
@@ -226,13 +239,12 @@ def _agree(value: Value | None) -> Value:
 
 def _gather(job: ScoreJob, done: _Done) -> tuple[RankTimes, ...]:
     """Every rank's times, on every rank; collective."""
-    longest = max(done.times, key=lambda times: len(times.intervals), default=None)
     mine = RankTimes(
-        wall_seconds=tuple(times.wall_seconds for times in done.times),
-        forward_seconds=tuple(times.busy_seconds("forward") for times in done.times),
+        wall_seconds=tuple(done.wall_seconds),
+        forward_seconds=tuple(done.forward_seconds),
         alone_seconds=done.alone_seconds,
         elapsed_seconds=done.elapsed_seconds,
-        intervals=() if longest is None else longest.intervals,
+        intervals=() if done.longest is None else done.longest.intervals,
         peak_bytes=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0,
         host=torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
         threads=torch.get_num_threads(),

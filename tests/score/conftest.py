@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[2]
-REFERENCE = ROOT / "examples" / "dense16"
+EXAMPLES = ROOT / "examples"
+REFERENCE = EXAMPLES / "dense16"
 
 Make = Callable[..., Path]
 Command = Callable[..., subprocess.CompletedProcess[str]]
