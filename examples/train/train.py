@@ -69,7 +69,8 @@ def train(module: PipelineModule, arguments: argparse.Namespace) -> None:
     losses = [float(engine.train_batch(batches)) for _ in range(arguments.steps)]
     if engine.is_last_stage():
         print(json.dumps({"parts": list(map(int, module.parts)), "losses": losses}), flush=True)
-    torch.distributed.destroy_process_group()  # without it, Gloo aborts an ending process at times
+    torch.distributed.barrier()  # else a thread of Gloo's may still hold a tensor when Python ends, and abort
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

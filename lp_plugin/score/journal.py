@@ -51,11 +51,15 @@ class Journal:
         self._good_bytes = 0
         try:
             self._stream = self.path.open("ab")
-            fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._read(job_digest)
-            self._stream.truncate(self._good_bytes)  # a line that a crash cut short
-            if not self._good_bytes:
-                self._write_line({"job": job_digest})
+            try:
+                fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self._read(job_digest)
+                self._stream.truncate(self._good_bytes)  # a line that a crash cut short
+                if not self._good_bytes:
+                    self._write_line({"job": job_digest})
+            except BaseException:
+                self._stream.close()
+                raise
         except BlockingIOError:
             raise DocumentError(
                 f"{self.path} is in use: another job writes the same --output; wait for it, or choose another."

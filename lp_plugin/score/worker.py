@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from deepspeed import comm as dist
 
@@ -151,8 +152,14 @@ def _run_steps(
     done.alone_seconds = _alone(module, steps[0])
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
+    dist.barrier()  # the ranks end their measurements at different times
     start = time.perf_counter()
+    shape = None
     for step in steps:
+        if shape != (step.rows, step.length):
+            shape = (step.rows, step.length)
+            engine.reset_activation_shape()  # else the last step's shape would be assumed, silently
+            engine.set_train_micro_batch_size(step.rows)
         scores, times = _run_step(engine, timer, job, step)
         done.add(step, times)
         if journal and progress:
@@ -174,7 +181,7 @@ def _alone(module: HFPipelineModule, step: Step) -> float:
     inputs = _stage_input(module, step)
     stage = module.with_loss(module) if module.stage.has_head else module
     if torch.cuda.is_available():
-        return stage_alone_seconds(stage, inputs, warm_up_seconds=1.0)
+        return stage_alone_seconds(stage, inputs, warm_up_seconds=2.0)
     seconds = 0.0
     for turn in range(dist.get_world_size()):
         if turn == dist.get_rank():
@@ -224,10 +231,15 @@ def _run_step(engine: Any, timer: InstructionTimer, job: ScoreJob, step: Step) -
     return scores, times
 
 
-def _micro_batches(step: Step, job: ScoreJob) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    for number in range(len(step.micro_batches)):
-        inputs = torch.from_numpy(step.inputs(job.documents, number))
-        yield inputs, torch.from_numpy(step.labels(job.documents, number))
+def _micro_batches(engine: Any, step: Step, job: ScoreJob) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Inputs and labels of a step on the device already: a copy per micro-batch would wait for the pass before it."""
+    if not (engine.is_first_stage() or engine.is_last_stage()):
+        return []
+    numbers = range(len(step.micro_batches))
+    inputs = np.stack([step.inputs(job.documents, number) for number in numbers])
+    labels = np.stack([step.labels(job.documents, number) for number in numbers])
+    on_device = (torch.from_numpy(each).to(engine.device) for each in (inputs, labels))
+    return list(zip(*on_device, strict=True))
 
 
 def _agree(value: Value | None) -> Value:

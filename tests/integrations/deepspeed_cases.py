@@ -269,6 +269,8 @@ def main() -> None:
     init_distributed()
     results = {name: attempt(case) for name, case in cases(folder).items()}
     (folder / f"{RANK}.json").write_text(json.dumps(results, default=int), encoding="utf-8")
+    torch.distributed.barrier()  # as in train.py
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ def environment() -> dict[str, str]:
 
 
 @pytest.fixture(scope="session")
-def lp_plugin(environment: dict[str, str]) -> Command:
+def command(environment: dict[str, str]) -> Command:
     """Runs the installed command to its end."""
 
     def run(*arguments: object, cwd: Path | None = None, timeout: float = 120) -> subprocess.CompletedProcess[str]:

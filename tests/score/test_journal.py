@@ -161,6 +161,14 @@ def test_another_job_is_refused_and_its_scores_stay(partial: Path, written: Writ
     assert partial.read_bytes() == before
 
 
+def test_two_jobs_never_write_one_journal(output: Path, partial: Path, written: Write) -> None:
+    written(0)
+    before = partial.read_bytes()
+    with pytest.raises(DocumentError, match="in use: another job"):
+        Journal(output, "job", IDS)
+    assert partial.read_bytes() == before
+
+
 @pytest.mark.parametrize(
     "damage",
     [

@@ -14,7 +14,7 @@ from lp_plugin.errors import RankFailedError, RuntimeEnvironmentError
 from lp_plugin.score import launch
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-SLURM = ("PROCID", "LOCALID", "NTASKS", "NTASKS_PER_NODE", "JOB_NODELIST", "JOB_NUM_NODES")
+SLURM = ("PROCID", "LOCALID", "NTASKS", "STEP_NUM_TASKS", "STEP_TASKS_PER_NODE", "JOB_NODELIST", "JOB_NUM_NODES")
 FRAMEWORKS = ("DS_ACCELERATOR", "OMP_NUM_THREADS", "TRANSFORMERS_VERBOSITY")
 FRAMEWORKS += ("TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING",)
 
@@ -46,12 +46,12 @@ def test_torchrun_and_deepspeed_are_joined_as_they_are(monkeypatch: pytest.Monke
     values = dict(zip(TORCHRUN, ("1", "2", "1", "2", "node7", "1234"), strict=True))
     for name, value in values.items():
         monkeypatch.setenv(name, value)
-    set_slurm(monkeypatch, PROCID="0", LOCALID="0", NTASKS="8")  # torchrun under srun: torchrun's count
+    set_slurm(monkeypatch, PROCID="0", LOCALID="0", STEP_NUM_TASKS="8")  # torchrun under srun: torchrun's count
     assert joined() == values
 
 
 def test_slurm_tasks_of_one_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    set_slurm(monkeypatch, PROCID="1", LOCALID="1", NTASKS="4", JOB_NODELIST="node3", JOB_NUM_NODES="1")
+    set_slurm(monkeypatch, PROCID="1", LOCALID="1", STEP_NUM_TASKS="4", JOB_NODELIST="node3", JOB_NUM_NODES="1")
     assert joined() == {
         "RANK": "1",
         "WORLD_SIZE": "4",
@@ -67,7 +67,7 @@ def test_slurm_tasks_of_several_hosts(monkeypatch: pytest.MonkeyPatch, tmp_path:
     scontrol.write_text('#!/bin/sh\n[ "$1 $2 $3" = "show hostnames node[3-4]" ] && printf "node3\\nnode4\\n"\n')
     scontrol.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    set_slurm(monkeypatch, PROCID="5", LOCALID="1", NTASKS="8", NTASKS_PER_NODE="4")
+    set_slurm(monkeypatch, PROCID="5", LOCALID="1", STEP_NUM_TASKS="8", STEP_TASKS_PER_NODE="4(x2)")
     set_slurm(monkeypatch, JOB_NODELIST="node[3-4]", JOB_NUM_NODES="2")
     monkeypatch.setenv("MASTER_PORT", "1234")
     found = joined()
@@ -77,16 +77,23 @@ def test_slurm_tasks_of_several_hosts(monkeypatch: pytest.MonkeyPatch, tmp_path:
 
 def test_slurm_hosts_that_cannot_be_listed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    set_slurm(monkeypatch, PROCID="5", LOCALID="1", NTASKS="8", JOB_NODELIST="node[3-4]", JOB_NUM_NODES="2")
+    set_slurm(monkeypatch, PROCID="5", LOCALID="1", STEP_NUM_TASKS="8")
+    set_slurm(monkeypatch, JOB_NODELIST="node[3-4]", JOB_NUM_NODES="2")
     with pytest.raises(RuntimeEnvironmentError, match=r"node\[3-4\].*set MASTER_ADDR"):
         launch.join_launcher()
     monkeypatch.setenv("MASTER_ADDR", "node3")
     assert joined()["MASTER_ADDR"] == "node3"
 
 
-@pytest.mark.parametrize("values", [{"PROCID": "0", "LOCALID": "0", "NTASKS": "1"}, {"NTASKS": "4"}, {"PROCID": "0"}])
-def test_a_single_slurm_task_starts_its_own_processes(monkeypatch: pytest.MonkeyPatch, values: dict[str, str]) -> None:
-    """Also a shell inside an allocation of several tasks, which is none of them."""
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"PROCID": "0", "LOCALID": "0", "STEP_NUM_TASKS": "1"},  # srun of one task
+        {"PROCID": "0", "LOCALID": "0", "NTASKS": "4"},  # a batch script, which runs once, not four times
+        {"NTASKS": "4"},  # a shell inside an allocation
+    ],
+)
+def test_a_single_slurm_process_starts_its_own(monkeypatch: pytest.MonkeyPatch, values: dict[str, str]) -> None:
     set_slurm(monkeypatch, **values)
     assert not launch.join_launcher()
 
@@ -157,7 +164,11 @@ def one_rank() -> str:
     ("error", "code", "said"),
     [
         ("WeightsError('no such file')", 2, "error (rank 3): no such file\n"),
-        ("RuntimeError('[../gloo/transport/tcp/pair.cc] Connection closed by peer')", 75, ""),
+        (
+            "RuntimeError('TCP client: timed out')",
+            2,
+            "error (rank 3): can't reach the other ranks: TCP client: timed out\n",
+        ),
         ("KeyboardInterrupt()", 130, ""),
         ("ValueError('our own mistake')", 1, "ValueError: our own mistake\n"),
     ],
@@ -169,3 +180,21 @@ def test_how_a_rank_ends(one_rank: str, error: str, code: int, said: str) -> Non
     assert ended.stderr.endswith(said)
     assert ("Traceback" in ended.stderr) == (code == 1)
     assert bool(ended.stderr) == bool(said)
+
+
+@pytest.mark.parametrize("others", [0, 1])
+def test_a_rank_that_lost_another_speaks_only_if_no_other_has(one_rank: str, others: int) -> None:
+    script = f"""{one_rank}
+import torch
+def entry():
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=store)
+    if {others}:
+        torch.distributed.distributed_c10d._get_default_store().add("lp_plugin/error", 1)
+    raise RuntimeError("[../gloo/transport/tcp/pair.cc] Connection closed by peer")
+run_and_report(entry)
+"""
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == 75
+    assert ("error (rank 3): lost the connection to another rank" in ended.stderr) == (not others)
+    assert len(ended.stderr.splitlines()) == 1 - others
