@@ -75,7 +75,7 @@ def time_layers(
                 number = len(outputs)
                 layer = build(position)
                 with torch.no_grad():
-                    outputs[key] = layer(value)
+                    outputs[key] = layer(_fresh(value, requires_grad=False))
                 if number % processes == turn:
                     timed[key] = _median_seconds(layer, value, training=training)
         except Exception as error:  # whatever the user's layer raises is reported with its position
@@ -119,9 +119,10 @@ def _shapes(value: Any) -> tuple[tuple[tuple[int, ...], str], ...]:
 
 
 def _fresh(value: Any, *, requires_grad: bool) -> Any:
-    """The same values without history; floating-point ones ask for gradients when training."""
+    """A copy without history (layers may work in place); floating-point tensors ask for gradients when training."""
     fresh = tuple(
-        tensor.detach().requires_grad_(requires_grad and tensor.is_floating_point()) for tensor in _tensors(value)
+        tensor.detach().requires_grad_(requires_grad and tensor.is_floating_point()).clone()
+        for tensor in _tensors(value)
     )
     return fresh if isinstance(value, (tuple, list)) else fresh[0]
 

@@ -53,6 +53,7 @@ def run_rank(prepared: Callable[[], ScoreJob] | None) -> Outcome | None:
     """
     init_distributed()
     outcome = _run(_agree(prepared() if prepared else None))
+    dist.barrier()  # Gloo may abort a process that ends while its last message is under way
     torch.distributed.destroy_process_group()  # not after an error: its store tells who has reported it
     return outcome
 
@@ -201,12 +202,10 @@ def _stage_input(module: HFPipelineModule, step: Step) -> torch.Tensor:
 
 def _run_step(engine: Any, timer: InstructionTimer, job: ScoreJob, step: Step) -> tuple[dict[int, Score], StageTimes]:
     """One ``eval_batch``; the scores reach every rank."""
-    engine.reset_activation_shape()  # else another step's shape would be assumed, silently
-    engine.total_loss = None  # eval_batch goes on adding to it, whatever the number of rows
-    engine.set_train_micro_batch_size(step.rows)
+    micro_batches = _micro_batches(engine, step, job)
     timer.start()
     outputs = engine.eval_batch(
-        _micro_batches(step, job),
+        iter(micro_batches),
         compute_loss=True,
         reduce_output=None,
         bcast_loss=False,
