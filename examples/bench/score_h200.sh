@@ -2,6 +2,7 @@
 # The reference model scored on 2 GPUs, on one GPU, and checked against the unpartitioned Hugging Face model.
 # usage: examples/bench/score_h200.sh FOLDER RESULTS [CONFIG_DIR=examples/dense16] [COUNT=320] [CHARACTERS=2047]
 # FOLDER takes the model (26 GB) and scratch files; RESULTS the JSON files and the timeline.
+# STAGES="2 1" says which numbers of stages are run; those that are compared with Hugging Face are the first.
 set -euo pipefail
 folder=${1:?folder for the model}; results=${2:?folder for results}
 config=${3:-examples/dense16}; count=${4:-320}; characters=${5:-2047}
@@ -24,12 +25,13 @@ PY
 step "model"
 [ -d "$folder/model" ] || python3 examples/dense16/make_model.py "$config" "$folder/model" --device "$device"
 python3 examples/text/make_documents.py "$folder/documents.jsonl" --count "$count" --characters "$characters"
-for stages in 2 1; do
+read -ra runs <<< "${STAGES:-2 1}"
+for stages in "${runs[@]}"; do
   step "run, $stages stages"
   python3 -m lp_plugin run "$folder/model" --input "$folder/documents.jsonl" --stages $stages \
     --output "$folder/scores-$stages.jsonl" --report "$results/score-$stages.json" --timeline "$results/timeline-$stages.png"
 done
 step "against the unpartitioned model"
-python3 examples/check_scores.py "$folder/model" "$folder/documents.jsonl" "$folder/scores-2.jsonl" \
-  "$results/score-2.json" --limit 1 | tee "$results/check.txt"
+python3 examples/check_scores.py "$folder/model" "$folder/documents.jsonl" "$folder/scores-${runs[0]}.jsonl" \
+  "$results/score-${runs[0]}.json" --limit 1 | tee "$results/check.txt"
 step "done"
