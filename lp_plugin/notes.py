@@ -70,7 +70,7 @@ def _micro_batch(plan: Plan, profile: ModelProfile, cluster: Cluster) -> str:
     if workload.phase == "decode" or plan.num_micro_batches == 1:
         return ""
     # what crosses a boundary: the last layer's output (logits) never does
-    per_token = max(profile.input_bytes_per_token, *(layer.output_bytes_per_token for layer in profile.layers[:-1]))
+    per_token = max([profile.input_bytes_per_token, *(layer.output_bytes_per_token for layer in profile.layers[:-1])])
     whole = per_token * workload.total_tokens
     one = per_token * workload.chosen_micro_batch * workload.tokens_per_sequence
     capacity = min(device.memory.capacity_bytes for device in cluster.devices)

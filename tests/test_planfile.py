@@ -187,7 +187,9 @@ def test_versions_are_named(file: Path) -> None:
 
 
 def test_a_plan_for_another_model_is_refused(plan: Plan) -> None:
-    check_model(plan, ModelProfile.from_costs([9, 9, 9]), "plan.json")  # other times, but the same layers
+    check_model(plan, ModelProfile.from_costs([9, 9, 9], weight_bytes=[4, 5, 6]), "plan.json")  # other times only
+    with pytest.raises(PlanFileError, match=r"plan.json was made for costs"):
+        check_model(plan, ModelProfile.from_costs([1, 2, 3], weight_bytes=[4, 5, 7]), "plan.json")
     with pytest.raises(PlanFileError, match=r"plan.json was made for costs \(3 layers.*not for other \(4 layers"):
         check_model(plan, ModelProfile.from_costs([1] * 4, name="other"), "plan.json")
 

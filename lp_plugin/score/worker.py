@@ -202,6 +202,7 @@ def _stage_input(module: HFPipelineModule, step: Step) -> torch.Tensor:
 
 def _run_step(engine: Any, timer: InstructionTimer, job: ScoreJob, step: Step) -> tuple[dict[int, Score], StageTimes]:
     """One ``eval_batch``; the scores reach every rank."""
+    engine.total_loss = None  # eval_batch goes on adding to it, whatever the number of rows
     micro_batches = _micro_batches(engine, step, job)
     timer.start()
     outputs = engine.eval_batch(
