@@ -51,13 +51,11 @@ def _tier(plan: Plan, profile: ModelProfile, cluster: Cluster) -> str:
 
 def _faster_in_memory(plan: Plan, profile: ModelProfile, cluster: Cluster) -> str:
     """Says when staying in the fast tier costs more than it gains: a freer cut would be faster."""
+    if plan.objective != "throughput":
+        return ""
     last = max(len(device.tiers) for device in cluster.devices) - 1
     free = solve(profile, cluster, plan.workload, "throughput", first_tier=last)
-    if (
-        plan.objective != "throughput"
-        or free is None
-        or free.bottleneck_seconds >= plan.bottleneck_seconds * (1 - NO_GAIN)
-    ):
+    if free is None or free.bottleneck_seconds >= plan.bottleneck_seconds * (1 - NO_GAIN):
         return ""
     return (
         f"Every stage stays in tier {plan.stages[0].tier}; boundaries {list(free.boundaries)} leave it and would make "

@@ -140,6 +140,15 @@ def timed_profile(
 
     Collective: every rank of the job calls it.
 
+    Args:
+        profile: Counted, not timed.
+        numbers: One per layer; equal numbers promise equal cost.
+        build: Makes layer ``i`` on this rank's device.
+        sample: What the first layer takes.
+        training: Whether to time a backward pass too.
+        measured_on: The device of the ranks that have a turn.
+        share: This rank's (turn, processes), from `timing_share`.
+
     Raises:
         RuntimeEnvironmentError: If a layer can't be built, or can't take what the one before hands on.
     """
@@ -147,9 +156,7 @@ def timed_profile(
     mine: dict[int, LayerSeconds] = {}
     with undisturbed_random():
         try:
-            mine = time_layers(
-                numbers, build, sample, training=training, share=(dist.get_rank(), dist.get_world_size())
-            )
+            mine = time_layers(numbers, build, sample, training=training, share=share)
         except LayerFailedError as error:
             failure = f"{profile.layers[error.position].name}: {error}"
     gathered: list[tuple[dict[int, LayerSeconds], str | None]] = [({}, None)] * dist.get_world_size()
