@@ -1,4 +1,4 @@
-"""Profiles against transformers' own models: parameters on the meta device, KV cache of a real forward."""
+"""Profiles: windows, the reference model in numbers, precisions, digests, and profiles from plain costs."""
 
 from __future__ import annotations
 
@@ -6,136 +6,17 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from shrunk import small_config
 from strategies import STEADY, profiles
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers import AutoConfig
 
 from lp_plugin import LayerCost, ModelConfigError, ModelProfile
-from lp_plugin.architecture import FAMILIES
 
 DENSE16 = Path(__file__).parent.parent / "examples" / "dense16"
-
-SMALL: dict[str, list[dict[str, Any]]] = {
-    "llama": [
-        {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 24},
-        {"num_attention_heads": 4, "num_key_value_heads": None, "attention_bias": True, "mlp_bias": True},
-        {"num_attention_heads": 8, "num_key_value_heads": 1, "tie_word_embeddings": True, "attention_bias": True},
-    ],
-    "mistral": [
-        {"num_attention_heads": 8, "num_key_value_heads": 2, "sliding_window": None},
-        {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 8, "tie_word_embeddings": True},
-        {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": None},
-    ],
-    "qwen2": [
-        {"num_attention_heads": 8, "num_key_value_heads": 2},
-        {"num_attention_heads": 4, "num_key_value_heads": 4, "tie_word_embeddings": True},
-        {"num_attention_heads": 8, "num_key_value_heads": 1, "use_sliding_window": True, "max_window_layers": 1},
-    ],
-    "qwen3": [
-        {"num_attention_heads": 8, "num_key_value_heads": 2},
-        {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 16, "attention_bias": True},
-        {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 40, "tie_word_embeddings": True},
-    ],
-    "starcoder2": [
-        {"num_attention_heads": 8, "num_key_value_heads": 2, "use_bias": False},
-        {"num_attention_heads": 4, "num_key_value_heads": 4, "use_bias": True, "tie_word_embeddings": False},
-        {"num_attention_heads": 8, "num_key_value_heads": 1},
-    ],
-    "gpt_neox": [
-        {"num_attention_heads": 8},
-        {"num_attention_heads": 4, "attention_bias": False, "tie_word_embeddings": True},
-        {"num_attention_heads": 2, "use_parallel_residual": False},
-    ],
-    "gpt2": [
-        {"n_head": 8},
-        {"n_head": 4, "n_inner": 100, "tie_word_embeddings": False},
-        {"n_head": 2, "n_positions": 77, "n_inner": None},
-    ],
-}
-SHAPE = {"vocab_size": 123, "hidden_size": 64, "intermediate_size": 168, "num_hidden_layers": 3,
-         "max_position_embeddings": 99}  # fmt: skip
-GPT2_SHAPE = {"vocab_size": 123, "n_embd": 64, "n_layer": 3, "n_positions": 99}
-
-
-def small_config(model_type: str, index: int) -> dict[str, Any]:
-    shape = GPT2_SHAPE if model_type == "gpt2" else SHAPE
-    return {**shape, "bos_token_id": 0, "eos_token_id": 0, **SMALL[model_type][index], "model_type": model_type}
-
-
-CONFIGS = [{"model_type": model_type} for model_type in sorted(FAMILIES)]
-CONFIGS += [small_config(model_type, index) for model_type in sorted(SMALL) for index in range(3)]
-
-
-def name_of(config: dict[str, Any]) -> str:
-    own = {key: value for key, value in config.items() if key in {"head_dim", "n_head", "num_attention_heads"}}
-    return "-".join([config["model_type"], *(f"{key}{value}" for key, value in own.items())] if own else ["default"])
-
-
-def build(config: dict[str, Any], device: str = "meta") -> PreTrainedModel:
-    rest = {key: value for key, value in config.items() if key != "model_type"}
-    with torch.device(device):
-        return AutoModelForCausalLM.from_config(AutoConfig.for_model(config["model_type"], **rest))
-
-
-def numel(module: torch.nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
-def parts(model: PreTrainedModel) -> list[int]:
-    """Parameters of embedding, each block, norm and head, as the model holds them."""
-    base = model.base_model
-    sizes: dict[str, list[int]] = {"embedding": [0], "blocks": [], "norm": [0]}
-    for name, child in base.named_children():
-        if isinstance(child, torch.nn.ModuleList):
-            sizes["blocks"] += [numel(block) for block in child]
-        else:
-            sizes["norm" if isinstance(child, torch.nn.LayerNorm) or "norm" in name else "embedding"][0] += numel(child)
-    return [*sizes["embedding"], *sizes["blocks"], *sizes["norm"], numel(model.get_output_embeddings())]
-
-
-def test_every_family_is_tested() -> None:
-    assert sorted(SMALL) == sorted(FAMILIES)
-
-
-@pytest.mark.parametrize("config", CONFIGS, ids=name_of)
-def test_parameters_are_those_of_transformers(config: dict[str, Any]) -> None:
-    model = build(config)
-    profile = ModelProfile.from_config(config, dtype="bfloat16")
-    assert [layer.parameters for layer in profile.layers] == parts(model)
-    assert profile.num_parameters == numel(model)  # shared ones once
-    assert [layer.weight_bytes for layer in profile.layers] == [2 * size for size in parts(model)]
-    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    assert (profile.layers[0].shared_key is not None) is (profile.layers[-1].shared_key is not None) is tied
-    limit = getattr(model.config, "max_position_embeddings", None)
-    assert profile.max_positions == limit
-
-
-@pytest.mark.parametrize("config", CONFIGS, ids=name_of)
-def test_products_are_the_matrices_of_transformers(config: dict[str, Any]) -> None:
-    """2 FLOPs per token for every weight of a matrix, biases and norms left out."""
-    model = build(config)
-    profile = ModelProfile.from_config(config)
-    blocks = next(child for child in model.base_model.children() if isinstance(child, torch.nn.ModuleList))
-    matrices = [sum(weight.numel() for weight in block.parameters() if weight.dim() == 2) for block in blocks]
-    assert [layer.flops_per_token for layer in profile.layers[1:-2]] == [2.0 * size for size in matrices]
-    assert profile.layers[-1].flops_per_token == 2.0 * model.get_output_embeddings().weight.numel()
-
-
-@pytest.mark.parametrize("config", [config for config in CONFIGS if len(config) > 1], ids=name_of)
-def test_kv_cache_is_that_of_a_real_forward(config: dict[str, Any]) -> None:
-    config = {**config, "use_cache": True}
-    model = build(config, "cpu").eval()
-    profile = ModelProfile.from_config(config, dtype="float32")
-    cache = DynamicCache()
-    sequences, tokens = 2, 5
-    with torch.inference_mode():
-        model(input_ids=torch.ones(sequences, tokens, dtype=torch.long), past_key_values=cache, use_cache=True)
-    kept = [layer.keys.nbytes + layer.values.nbytes for layer in cache.layers]
-    assert [layer.kv_bytes_per_token * sequences * tokens for layer in profile.layers[1:-2]] == kept
-    assert {profile.layers[index].kv_bytes_per_token for index in (0, -2, -1)} == {0}
 
 
 def test_windows_are_those_of_transformers() -> None:
@@ -220,20 +101,50 @@ def test_from_costs() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"seconds": []}, "no layers"),
+        ({"seconds": []}, "no layers; a model has 1 to 20000 layers"),
+        ({"seconds": [1] * 20_001}, "seconds has 20001 entries; a model has 1 to 20000 layers"),
+        ({"seconds": 5}, "seconds is 5; give a list"),
         ({"seconds": [1, 2], "weight_bytes": [1]}, "weight_bytes has 1 entries for 2 layers"),
+        ({"seconds": [1, 2], "weight_bytes": 1}, "weight_bytes is 1; give a list"),
         ({"seconds": [1, 2], "output_bytes": [1, 2, 3]}, "output_bytes_per_token has 3 entries for 2 layers"),
         ({"seconds": [1, 2], "names": ["only one"]}, "1 entries for 2 layers"),
         ({"seconds": [1, 2], "names": ["one", "two", "three"]}, "3 entries for 2 layers"),
-        ({"seconds": [1, -2]}, "seconds holds -2"),
-        ({"seconds": [1, float("nan")]}, "seconds holds nan"),
-        ({"seconds": [1, float("inf")]}, "seconds holds inf"),
-        ({"seconds": [1], "weight_bytes": [-1]}, "weight_bytes holds -1"),
+        ({"seconds": [1, 2], "names": ["same", "same"]}, "names holds 'same' at position 1, and at position 0 already"),
+        ({"seconds": [1, 2], "names": ["one", 2]}, "names holds 2 at position 1; names are text"),
+        ({"seconds": [1, -2]}, "seconds holds -2 at position 1; costs are finite and not negative"),
+        ({"seconds": [1, float("nan")]}, "seconds holds nan at position 1"),
+        ({"seconds": [float("inf"), 1]}, "seconds holds inf at position 0"),
+        ({"seconds": [1, float("-inf")]}, "seconds holds -inf at position 1"),
+        ({"seconds": [10**400]}, "seconds holds 1000.*at position 0; costs are finite"),
+        ({"seconds": [1, "2"]}, "seconds holds '2' at position 1; costs are numbers"),
+        ({"seconds": [1, None]}, "seconds holds None at position 1; costs are numbers"),
+        ({"seconds": [True]}, "seconds holds True at position 0; costs are numbers"),
+        ({"seconds": [1j]}, "seconds holds 1j at position 0; costs are numbers"),
+        ({"seconds": [[1]]}, r"seconds holds \[1\] at position 0; costs are numbers"),
+        ({"seconds": "12"}, "seconds holds '1' at position 0; costs are numbers"),
+        ({"seconds": [1], "weight_bytes": [-1]}, "weight_bytes holds -1 at position 0"),
+        ({"seconds": [1, 1], "weight_bytes": [1, 1.5]}, "weight_bytes holds 1.5 at position 1: a fraction of a byte"),
+        ({"seconds": [1], "weight_bytes": [float("nan")]}, "weight_bytes holds nan at position 0"),
+        ({"seconds": [1], "output_bytes": [{}]}, "output_bytes_per_token holds {} at position 0; costs are numbers"),
     ],
 )
 def test_from_costs_refuses(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ModelConfigError, match=message):
         ModelProfile.from_costs(**arguments)
+
+
+def test_costs_may_come_from_arrays() -> None:
+    profile = ModelProfile.from_costs(
+        np.array([1.5, 2]), weight_bytes=np.array([3, 4]), output_bytes=np.float32([5, 6])
+    )
+    assert profile == ModelProfile.from_costs([1.5, 2], weight_bytes=[3, 4], output_bytes=[5, 6])
+    assert {type(layer.weight_bytes) for layer in profile.layers} == {int}
+
+
+def test_as_many_layers_as_there_may_be() -> None:
+    profile = ModelProfile.from_costs([1.0] * 20_000)
+    assert (profile.num_layers, profile.layers[-1].name) == (20_000, "layer 19999")
+    assert len(profile.digest) == 64
 
 
 def test_measured_seconds_replace_the_estimate() -> None:

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from lp_plugin.errors import UnsupportedModelError
+from lp_plugin.integrations.transformers.runnable import check_runnable
 
 __all__ = ["DecoderStage", "num_layers"]
 
@@ -53,6 +54,7 @@ class DecoderStage(nn.Module):
 
     def __init__(self, config: PretrainedConfig, start: int, stop: int) -> None:
         super().__init__()
+        check_runnable({"model_type": config.model_type})
         blocks = int(config.num_hidden_layers)
         if getattr(config, "scale_attn_by_inverse_layer_idx", False):
             raise UnsupportedModelError(
