@@ -1,149 +1,52 @@
-"""Devices, their memory tiers and the links between them; a catalogue of them; the user's cluster files."""
+"""Clusters: chains of devices, of equal ones or as a file describes them, cut into groups and parts."""
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import hashlib
 import json
-import math
-import tomllib
-from dataclasses import dataclass
-from importlib import resources
-from itertools import pairwise
+import re
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from functools import reduce
+from itertools import groupby, pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
-
+from lp_plugin.catalogue import load_device, load_link, load_network, load_node_size, read_chain
+from lp_plugin.device import COMPARED_BYTES, Device, Link, MemoryTier, check_count, is_whole, slower_link
 from lp_plugin.errors import HardwareError
-from lp_plugin.quantity import parse_bytes, parse_flops, parse_rate, parse_seconds
+from lp_plugin.quantity import shown
 
-__all__ = ["Cluster", "Device", "Link", "MemoryTier", "catalogue", "load_device", "load_link"]
+__all__ = ["Cluster", "Device", "Link", "MemoryTier", "slower_link"]
 
-_MAX_DEVICES = 65_536  # more is a slip of the keyboard
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MemoryTier:
-    """One level of a device's memory hierarchy."""
-
-    name: str
-    """What it is called, such as "l2" or "hbm"."""
-
-    capacity_bytes: int
-    """Bytes in all, from the datasheet."""
-
-    bandwidth_bytes_per_second: float
-    """Nominal bytes per second, reads and writes together, from the datasheet or a microbenchmark."""
-
-    usable_fraction: float = 1.0
-    """Part of the capacity that a stage can count on, over 0 and at most 1; measured."""
-
-    bandwidth_efficiency: float = 1.0
-    """Achieved over nominal bandwidth, over 0 and at most 1; measured."""
-
-    def __post_init__(self) -> None:
-        _check(self, "capacity_bytes", "bandwidth_bytes_per_second", "usable_fraction", "bandwidth_efficiency")
-
-    @property
-    def usable_bytes(self) -> int:
-        """Whole bytes a stage can count on: ``capacity_bytes * usable_fraction``."""
-        return math.floor(self.capacity_bytes * self.usable_fraction)
-
-    @property
-    def achieved_bytes_per_second(self) -> float:
-        """Bytes per second in practice: ``bandwidth_bytes_per_second * bandwidth_efficiency``."""
-        return self.bandwidth_bytes_per_second * self.bandwidth_efficiency
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Device:
-    """One accelerator, or one process of a CPU: what a stage runs on."""
-
-    name: str
-    """The catalogue's name, or the user's."""
-
-    tiers: tuple[MemoryTier, ...]
-    """From the smallest and fastest to the one that holds the weights."""
-
-    peak_flops: tuple[tuple[str, float], ...]
-    """Pairs of dtype and its dense peak in operations per second, from the datasheet."""
-
-    compute_efficiency: float
-    """Achieved over peak operations per second in a large layer, over 0 and at most 1; measured."""
-
-    layer_overhead_seconds: float
-    """Least seconds of an eagerly launched transformer layer, however small (launch overhead); measured."""
-
-    def __post_init__(self) -> None:
-        capacities = [tier.capacity_bytes for tier in self.tiers]
-        if not capacities or sorted(set(capacities)) != capacities:
-            bound = "at least one, from small to large"
-            raise HardwareError(f"Device {self.name!r}: its tiers have {capacities} bytes; give {bound}.")
-        for fast, slow in pairwise(self.tiers):
-            slower = slow.achieved_bytes_per_second <= fast.achieved_bytes_per_second
-            if not slower or slow.usable_bytes < fast.usable_bytes:
-                bound = "the next tier must be no faster and hold no less"
-                raise HardwareError(f"Device {self.name!r}: tiers {fast.name!r} and {slow.name!r}: {bound}.")
-        peaks = dict(self.peak_flops)
-        sound = all(0 < peak < math.inf for peak in peaks.values())
-        if not sound or not peaks or len(peaks) != len(self.peak_flops):
-            bound = "at least one dtype, each once, with a peak over 0 and finite"
-            raise HardwareError(f"Device {self.name!r}: peak_flops is {self.peak_flops!r}; give {bound}.")
-        _check(self, "compute_efficiency", "layer_overhead_seconds")
-
-    @property
-    def memory(self) -> MemoryTier:
-        """The tier that holds the weights: the last one."""
-        return self.tiers[-1]
-
-    def flops(self, dtype: str) -> float:
-        """Operations per second in practice, peak * efficiency; an unknown dtype raises HardwareError."""
-        peaks = dict(self.peak_flops)
-        if dtype not in peaks:
-            raise HardwareError(f"{self.name} has no peak for dtype {dtype!r}; known: {', '.join(peaks)}.")
-        return peaks[dtype] * self.compute_efficiency
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Link:
-    """What joins two neighbouring devices; the same in both directions."""
-
-    name: str
-    """What it is called, such as "NVLink 4"."""
-
-    bandwidth_bytes_per_second: float
-    """Nominal bytes per second in one direction, from the datasheet."""
-
-    latency_seconds: float
-    """Seconds a small tensor takes from one process to the other; measured."""
-
-    bandwidth_efficiency: float = 1.0
-    """Achieved over nominal bandwidth of large tensors, over 0 and at most 1; measured."""
-
-    def __post_init__(self) -> None:
-        _check(self, "bandwidth_bytes_per_second", "latency_seconds", "bandwidth_efficiency")
-
-    def seconds(self, num_bytes: float) -> float:
-        """Seconds to send ``num_bytes``: latency plus bytes over the achieved bandwidth."""
-        return self.latency_seconds + num_bytes / (self.bandwidth_bytes_per_second * self.bandwidth_efficiency)
+_SPEC = re.compile(r"([^:]*):(?:([0-9]{1,9})x)?([0-9]{1,9})")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cluster:
-    """A chain of devices, in the order of the pipeline.
+    """A chain of devices, or of equal groups of them, in the order of the pipeline.
 
     Example:
-        >>> Cluster.parse("h100-sxm:16").subset(8).devices[7].name
-        'h100-sxm'
+        >>> cluster = Cluster.parse("h100-sxm:16")
+        >>> cluster.node_sizes()
+        (8, 8)
+        >>> cluster.links[6].name, cluster.links[7].name
+        ('NVLink 4', 'InfiniBand NDR')
+        >>> len(cluster.grouped(8).devices)
+        2
     """
 
     devices: tuple[Device, ...]
-    """One device per rank, in pipeline order."""
+    """One device per stage, in pipeline order; in a grouped cluster, one of the equal devices of each group."""
 
     links: tuple[Link, ...]
-    """``links[i]`` joins ``devices[i]`` and ``devices[i + 1]``."""
+    """``links[i]`` joins ``devices[i]`` and ``devices[i + 1]``, or their groups."""
+
+    group_size: int = 1
+    """Devices that share each stage (tensor parallelism)."""
+
+    group_links: tuple[Link, ...] = ()
+    """The slowest link inside each group; none if ``group_size`` is 1."""
 
     def __post_init__(self) -> None:
         if len(self.links) != len(self.devices) - 1:
@@ -151,246 +54,156 @@ class Cluster:
                 f"the cluster has {len(self.devices)} devices and {len(self.links)} links; "
                 "give at least one device, and one link between each two neighbours."
             )
+        check_count("the cluster: group_size", self.group_size)
+        expected = len(self.devices) if self.group_size > 1 else 0
+        if len(self.group_links) != expected:
+            raise HardwareError(
+                f"the cluster has {len(self.group_links)} group_links with a group_size of {self.group_size}; "
+                f"give {expected}: one for each stage if a group has more than one device, else none."
+            )
 
     @classmethod
-    def homogeneous(cls, device: str | Device, count: int, link: Link | None = None) -> Cluster:
-        """``count`` equal devices joined by equal links.
+    def homogeneous(
+        cls, device: str | Device, count: int, link: Link | None = None, devices_per_node: int | None = None
+    ) -> Cluster:
+        """``count`` equal devices in nodes of equal size, of which the last may be smaller.
 
         Args:
             device: A device, or a name from the catalogue.
             count: How many.
-            link: What joins neighbours; None takes the catalogue's link of the device's name.
+            link: Joins all neighbours. None takes the catalogue's entry of the device's name: its link inside a
+                node, its network between nodes.
+            devices_per_node: Size of a node; None takes the catalogue's. Not together with ``link``.
 
         Raises:
-            HardwareError: If the name is unknown, or the count is not 1 to 65,536.
+            HardwareError: If the name is unknown, or a number is not 1 to 65,536.
         """
-        _check_count("the cluster", count)
+        check_count("the cluster: count", count)
+        if devices_per_node is not None:
+            check_count("the cluster: devices_per_node", devices_per_node)
+            if link is not None:
+                remedy = "give a link, which joins all neighbours, or devices_per_node"
+                raise HardwareError(f"the cluster: devices_per_node is {devices_per_node} beside a link; {remedy}.")
         chosen = load_device(device) if isinstance(device, str) else device
-        if link is None and count > 1:
-            link = load_link(chosen.name)
-        return cls(devices=(chosen,) * count, links=() if link is None else (link,) * (count - 1))
+        if count == 1 or link is not None:
+            return cls(devices=(chosen,) * count, links=() if link is None else (link,) * (count - 1))
+        size = devices_per_node or load_node_size(chosen.name) or count
+        inside, between = load_link(chosen.name), load_network(chosen.name)
+        links = tuple(inside if position % size else between for position in range(1, count))
+        return cls(devices=(chosen,) * count, links=links)
 
     @classmethod
     def parse(cls, spec: str) -> Cluster:
-        """The cluster written on the command line: "h100-sxm:16", or a path ending in .toml.
+        """The cluster written on the command line.
+
+        Args:
+            spec: "h100-sxm:16", in nodes of the catalogue's size; "h100-sxm:2x8", nodes x devices of each; or a
+                path ending in .toml.
 
         Raises:
-            HardwareError: If the text has neither form, the name is unknown, or the file is wrong.
+            HardwareError: If the text has none of these forms, the name is unknown, or the file is wrong.
         """
         if spec.endswith(".toml"):
             return cls.from_toml(spec)
-        name, _, count = spec.partition(":")
-        if not (count.isascii() and count.isdecimal() and len(count) < 10):
-            forms = 'a device and how many, as in "h100-sxm:16", or the path of a .toml file'
-            raise HardwareError(f"cluster {spec!r} is not understood; write {forms}.")
-        return cls.homogeneous(name, int(count))
+        match = _SPEC.fullmatch(spec)
+        if match is None:
+            forms = 'a device and how many, as in "h100-sxm:16" or "h100-sxm:2x8", or the path of a .toml file'
+            raise HardwareError(f"cluster {shown(spec)} is not understood; write {forms}.")
+        name, nodes, devices = match.groups()
+        if nodes is None:
+            return cls.homogeneous(name, int(devices))
+        return cls.homogeneous(name, int(nodes) * int(devices), devices_per_node=int(devices))
 
     @classmethod
     def from_toml(cls, path: str | Path) -> Cluster:
-        """The cluster that a TOML file describes: ``[[device]]``, ``[link]`` and ``[[link_between]]``.
-
-        Neighbours that neither ``[link]`` nor ``[[link_between]]`` covers use the catalogue's link of their
-        type, and of unequal types the one that takes longer for 1 MiB.
+        """The cluster that a TOML file describes; its keys and rules are in docs/clusters.md.
 
         Raises:
             HardwareError: If the file can't be read, or a value is missing, unknown or out of bounds.
         """
-        try:
-            tables = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-            return _build_cluster(_validated(_ClusterFile, tables))
-        except HardwareError as error:
-            raise HardwareError(f"cluster file {path}: {error}") from error
-        except (OSError, ValueError) as error:  # no such file, no UTF-8, no TOML
-            raise HardwareError(f"cluster file {path} can't be read: {error}.") from error
+        devices, links = read_chain(path)
+        return cls(devices=devices, links=links)
 
     @property
     def digest(self) -> str:
         """SHA-256 of all fields, in hexadecimal; 1 and 1.0 count as equal."""
-        fields = json.loads(json.dumps(dataclasses.asdict(self)), parse_int=float)
+        chains = {"devices": _runs(self.devices), "links": _runs(self.links), "group_links": _runs(self.group_links)}
+        fields = json.loads(json.dumps(chains | {"group_size": self.group_size}), parse_int=float)
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
     def subset(self, num_devices: int) -> Cluster:
-        """The first ``num_devices`` devices and the links between them; too many raise HardwareError."""
-        if not 1 <= num_devices <= len(self.devices):
-            raise HardwareError(f"{num_devices} devices were asked for; ask for 1 to {len(self.devices)}.")
-        return Cluster(devices=self.devices[:num_devices], links=self.links[: num_devices - 1])
+        """The first ``num_devices`` devices (or groups), and the links between; too many raise HardwareError."""
+        most = len(self.devices)
+        if not is_whole(num_devices, most):
+            raise HardwareError(f"{shown(num_devices)} devices were asked for; ask for 1 to {most}.")
+        return self._part(0, num_devices)
 
+    def replicas(self, count: int) -> tuple[Cluster, ...]:
+        """The chain cut into ``count`` equal parts; the links between parts are dropped.
 
-def catalogue() -> tuple[str, ...]:
-    """The names of the devices that come with the package, sorted."""
-    files = (resources.files("lp_plugin") / "hardware").iterdir()
-    return tuple(sorted(file.name.removesuffix(".toml") for file in files if file.name.endswith(".toml")))
+        Raises:
+            HardwareError: If the devices (or groups) can't be divided so.
+        """
+        check_count("replicas", count)
+        size, rest = divmod(len(self.devices), count)
+        if rest or not size:
+            raise HardwareError(f"{len(self.devices)} devices can't be cut into {count} equal parts; take a divisor.")
+        return tuple(self._part(first, first + size) for first in range(0, len(self.devices), size))
 
+    def grouped(self, size: int) -> Cluster:
+        """Runs of ``size`` neighbouring devices as one stage each, as in tensor parallelism.
 
-def load_device(name: str) -> Device:
-    """The catalogue's device of that name; an unknown name raises HardwareError."""
-    return _catalogue_file(name).build()
+        Each device sends to the one with its place in the next group, over all links between the two. So
+        groups are joined by the slowest link from the first device of one to the last device of the other.
 
+        Raises:
+            HardwareError: If the devices can't be divided so, a group has unequal devices, or they are groups already.
+        """
+        check_count("group_size", size)
+        total = len(self.devices)
+        if size == 1:
+            return self
+        if self.group_size > 1:
+            raise HardwareError(f"the cluster has groups of {self.group_size} already; group the cluster without them.")
+        if total % size:
+            raise HardwareError(f"{total} devices can't be cut into groups of {size}; take a divisor of {total}.")
+        starts = range(0, total, size)
+        for first in starts:
+            others = [i for i in range(first, first + size) if self.devices[i] != self.devices[first]]
+            if others:
+                pair = f"devices {first} ({self.devices[first].name}) and {others[0]} ({self.devices[others[0]].name})"
+                raise HardwareError(f"{pair} differ but share a group of {size}; take smaller groups or another order.")
+        return Cluster(
+            devices=self.devices[::size],
+            links=tuple(reduce(slower_link, self.links[first : first + 2 * size - 1]) for first in starts[:-1]),
+            group_size=size,
+            group_links=tuple(reduce(slower_link, self.links[first : first + size - 1]) for first in starts),
+        )
 
-def load_link(name: str) -> Link:
-    """The link between neighbours of that name in the catalogue; an unknown name raises HardwareError."""
-    return _catalogue_file(name).link.build()
+    def node_sizes(self) -> tuple[int, ...]:
+        """Devices (or groups) of each node, in order, as the links show them.
 
+        A node ends at a link that is slower, for a message of 1 MiB, than the fastest link at any device equal to
+        one of the two that it joins. In a chain of equal devices that is: slower than the fastest link.
+        """
+        seconds = [link.seconds(COMPARED_BYTES) for link in self.links]
+        least: dict[Device, float] = {}
+        for pair, taken in zip(pairwise(self.devices), seconds, strict=True):
+            for device in pair:
+                least[device] = min(taken, least.get(device, taken))
+        pairs = zip(pairwise(self.devices), seconds, strict=True)
+        ends = [i for i, (pair, taken) in enumerate(pairs, 1) if taken > min(least[device] for device in pair)]
+        return tuple(end - start for start, end in pairwise([0, *ends, len(self.devices)]))
 
-_Bytes = Annotated[int, BeforeValidator(parse_bytes)]
-_Rate = Annotated[float, BeforeValidator(parse_rate)]
-_Seconds = Annotated[float, BeforeValidator(parse_seconds)]
-_Flops = Annotated[float, BeforeValidator(parse_flops)]
-_Dtype = Literal["float32", "tf32", "float16", "bfloat16", "float8", "int8"]
-
-
-class _Table(BaseModel):
-    """A table of a TOML file: the form is checked here, the bounds by the dataclass it becomes."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-
-class _TierTable(_Table):
-    name: str
-    capacity_bytes: _Bytes = Field(alias="capacity")
-    bandwidth_bytes_per_second: _Rate = Field(alias="bandwidth")
-    usable_fraction: float = 1.0
-    bandwidth_efficiency: float = 1.0
-
-
-class _LinkTable(_Table):
-    name: str = "link"
-    bandwidth_bytes_per_second: _Rate = Field(alias="bandwidth")
-    latency_seconds: _Seconds = Field(alias="latency")
-    bandwidth_efficiency: float = 1.0
-
-    def build(self) -> Link:
-        return Link(**self.model_dump(exclude={"first"}))
-
-
-class _LinkBetweenTable(_LinkTable):
-    first: int
-
-
-class _DeviceTable(_Table):
-    name: str
-    compute_efficiency: float
-    layer_overhead: _Seconds
-    tier: list[_TierTable]
-    flops: dict[_Dtype, _Flops]
-
-    def build(self) -> Device:
-        return Device(
-            name=self.name,
-            tiers=tuple(MemoryTier(**tier.model_dump()) for tier in self.tier),
-            peak_flops=tuple(sorted(self.flops.items())),
-            compute_efficiency=self.compute_efficiency,
-            layer_overhead_seconds=self.layer_overhead,
+    def _part(self, first: int, last: int) -> Cluster:
+        return Cluster(
+            devices=self.devices[first:last],
+            links=self.links[first : last - 1],
+            group_size=self.group_size,
+            group_links=self.group_links[first:last],
         )
 
 
-class _CatalogueFile(_DeviceTable):
-    link: _LinkTable
-
-
-class _OwnEntry(_DeviceTable):
-    count: int
-
-
-class _CatalogueEntry(_Table):
-    type: str
-    count: int
-
-
-class _ClusterFile(_Table):
-    device: list[dict[str, Any]]
-    link: _LinkTable | None = None
-    link_between: list[_LinkBetweenTable] = []
-
-
-_INNER: dict[str, type[_Table]] = {"tier": _TierTable, "link": _LinkTable, "link_between": _LinkBetweenTable}
-_TableT = TypeVar("_TableT", bound=_Table)
-
-
-def _validated(model: type[_TableT], tables: object, prefix: str = "") -> _TableT:
-    try:
-        return model.model_validate(tables)
-    except ValidationError as error:
-        problems = [_problem(model, prefix, dict(details)) for details in error.errors()]
-        raise HardwareError("; ".join(problems) + ".") from error
-
-
-def _problem(model: type[_Table], prefix: str, details: dict[str, Any]) -> str:
-    """One of pydantic's problems in a line: the key's path, the value, what is allowed."""
-    path = prefix
-    for part in details["loc"]:
-        path += f"[{part}]" if isinstance(part, int) else f".{part}" if part != "[key]" else ""
-    path = path.removeprefix(".")
-    if details["type"] == "missing":
-        return f"{path} is missing; add it"
-    if details["type"] == "extra_forbidden":
-        parents = [_INNER[part] for part in details["loc"][:-1] if part in _INNER]
-        fields = (parents[-1] if parents else model).model_fields
-        allowed = ", ".join(field.alias or name for name, field in fields.items())
-        return f"{path} is not a known key; allowed here: {allowed}"
-    message = details["msg"].removeprefix("Value error, ").rstrip(".")
-    return f"{path} is {details['input']!r}: {message}"
-
-
-def _catalogue_file(name: str) -> _CatalogueFile:
-    names = catalogue()
-    if name not in names:
-        close = difflib.get_close_matches(name.lower(), names, n=3)
-        hint = f"did you mean {' or '.join(close)}? " if close else ""
-        raise HardwareError(f"device {name!r} is not in the catalogue; {hint}known: {', '.join(names)}.")
-    file = resources.files("lp_plugin") / "hardware" / f"{name}.toml"
-    return _validated(_CatalogueFile, tomllib.loads(file.read_text(encoding="utf-8")))
-
-
-def _device_entry(table: dict[str, Any], where: str) -> tuple[int, Device, Link | None]:
-    if "type" in table:
-        entry = _validated(_CatalogueEntry, table, where)
-        return entry.count, load_device(entry.type), load_link(entry.type)
-    own = _validated(_OwnEntry, table, where)
-    return own.count, own.build(), None
-
-
-def _build_cluster(tables: _ClusterFile) -> Cluster:
-    devices: list[Device] = []
-    own_links: list[Link | None] = []
-    for position, table in enumerate(tables.device):
-        count, device, link = _device_entry(table, f"device[{position}]")
-        _check_count(f"device[{position}]", count)
-        devices += [device] * count
-        own_links += [link] * count
-    between: dict[int, Link] = {}
-    for position, exception in enumerate(tables.link_between):
-        first = exception.first
-        if not 0 <= first < len(devices) - 1 or first in between:
-            bound = f"0 to {len(devices) - 2}, each at most once"
-            raise HardwareError(f"link_between[{position}].first is {first}; it must be {bound}.")
-        between[first] = exception.build()
-    default = tables.link.build() if tables.link else None
-    links = (between.get(i) or default or _slower_link(i, *pair) for i, pair in enumerate(pairwise(own_links)))
-    return Cluster(devices=tuple(devices), links=tuple(links))
-
-
-def _slower_link(first: int, left: Link | None, right: Link | None) -> Link:
-    if left is None or right is None:
-        remedy = f"add [link], or [[link_between]] with first = {first}"
-        raise HardwareError(f"no link is known between devices {first} and {first + 1}; {remedy}.")
-    return max(left, right, key=lambda link: link.seconds(2**20))
-
-
-def _check_count(where: str, count: int) -> None:
-    if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= _MAX_DEVICES:
-        raise HardwareError(f"{where}: count is {count!r}; it must be a whole number, 1 to {_MAX_DEVICES}.")
-
-
-def _check(item: Device | MemoryTier | Link, *fields: str) -> None:
-    """Fractions and efficiencies are over 0 and at most 1, seconds at least 0, all other fields over 0."""
-    for field in fields:
-        value = getattr(item, field)
-        holds, bound = 0 < value < math.inf, "over 0 and finite"
-        if field.endswith(("_fraction", "_efficiency")):
-            holds, bound = 0 < value <= 1, "over 0 and at most 1"
-        elif field.endswith("_seconds"):
-            holds, bound = 0 <= value < math.inf, "at least 0 and finite"
-        if not holds:
-            where = f"{type(item).__name__} {item.name!r}: {field}"
-            raise HardwareError(f"{where} is {value!r}; it must be {bound}.")
+def _runs(chain: Iterable[Device | Link]) -> list[tuple[int, dict[str, Any]]]:
+    """How often each item follows itself, and its fields."""
+    return [(len([*run]), asdict(item)) for item, run in groupby(chain)]

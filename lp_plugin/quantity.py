@@ -8,7 +8,7 @@ from fractions import Fraction
 
 from lp_plugin.errors import InvalidInputError
 
-__all__ = ["format_bytes", "format_rate", "format_seconds"]
+__all__ = ["format_bytes", "format_seconds", "shown"]
 __all__ += ["parse_bytes", "parse_flops", "parse_rate", "parse_seconds"]
 
 _Units = Mapping[str, Fraction | int]
@@ -32,7 +32,7 @@ def parse_bytes(value: str | int) -> int:
     """
     num_bytes = _parse(value, "size", _BYTES, "80 GB")
     if num_bytes.denominator != 1:
-        raise InvalidInputError(f"size {value!r} is {float(num_bytes)} bytes; write a whole number of bytes.")
+        raise InvalidInputError(f"size {shown(value)} is {float(num_bytes)} bytes; write a whole number of bytes.")
     return num_bytes.numerator
 
 
@@ -68,11 +68,6 @@ def format_bytes(num_bytes: float) -> str:
     return f"{num_bytes:.0f} B" if num_bytes < 999.5 else _scaled(num_bytes, _DECIMAL)
 
 
-def format_rate(bytes_per_second: float) -> str:
-    """Non-negative bytes per second with three significant digits in decimal units: "3.35 TB/s"."""
-    return f"{format_bytes(bytes_per_second)}/s"
-
-
 def format_seconds(seconds: float) -> str:
     """Non-negative seconds for reading: "35.0 us", "19.4 ms", "1.23 s", "2 min 05 s", "2 h 03 min"."""
     if seconds == 0:
@@ -85,13 +80,24 @@ def format_seconds(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
+def shown(value: object) -> str:
+    """The value as an error message quotes it: its ``repr``, of which 80 characters at most."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no number of more than 4,300 digits
+        return "a number of more digits than can be shown"
+    except RecursionError:
+        return "a value nested too deeply"
+    return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"
+
+
 def _parse(value: str | float, what: str, units: _Units, example: str) -> Fraction:
     """The exact value in the base unit, which is also the unit of text without one."""
     exact = _exact(value, units)
     if exact is not None and 0 <= exact <= _LARGEST:
         return exact
     raise InvalidInputError(
-        f'{what} {value!r} is not understood; write a number of at least 0 and a unit, as in "{example}" '
+        f'{what} {shown(value)} is not understood; write a number of at least 0 and a unit, as in "{example}" '
         f"(units: {', '.join(units)}), or the number alone in {next(u for u in units if units[u] == 1)}."
     )
 

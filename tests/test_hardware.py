@@ -1,55 +1,22 @@
-"""The catalogue, the cluster files and their errors."""
+"""Devices, links and clusters: bounds, wiring in nodes, groups and parts."""
 
 from __future__ import annotations
 
 import dataclasses
-import re
-from importlib import resources
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from strategies import STEADY
 
+from lp_plugin.catalogue import load_device, load_link, load_network
+from lp_plugin.device import Device, Link, MemoryTier, slower_link
 from lp_plugin.errors import HardwareError
-from lp_plugin.hardware import Cluster, Device, Link, MemoryTier, catalogue, load_device, load_link
+from lp_plugin.hardware import Cluster
+from lp_plugin.quantity import shown
 
-OWN_DEVICE = """
-[[device]]
-name = "mycard"
-count = 2
-compute_efficiency = 0.6
-layer_overhead = "300 us"
-[[device.tier]]
-name = "l2"
-capacity = "40 MB"
-bandwidth = "5 TB/s"
-usable_fraction = 0.66
-[[device.tier]]
-name = "hbm"
-capacity = "32 GB"
-bandwidth = "1 TB/s"
-[device.flops]
-float16 = "300 TFLOP/s"
-"""
-H100_AND_A100 = """
-[[device]]
-type = "h100-sxm"
-count = 8
-[[device]]
-type = "a100-40g"
-count = 2
-"""
-LINK = """
-[link]
-bandwidth = "450 GB/s"
-latency = "35 us"
-"""
-LINK_BETWEEN = """
-[[link_between]]
-first = 7
-bandwidth = "50 GB/s"
-latency = "50 us"
-"""
+NAN, INF = float("nan"), float("inf")
 
 
 def tier(**changes) -> MemoryTier:
@@ -72,68 +39,25 @@ def link(**changes) -> Link:
     return Link(**({"name": "link", "bandwidth_bytes_per_second": 1e9, "latency_seconds": 1e-5} | changes))
 
 
-@pytest.fixture
-def read(tmp_path):
-    """Writes the text to a cluster file and reads it."""
-
-    def read_text(text: str) -> Cluster:
-        path = tmp_path / "cluster.toml"
-        path.write_text(text, encoding="utf-8")
-        return Cluster.parse(str(path))
-
-    return read_text
+SPEEDS = {name: link(name=name, bandwidth_bytes_per_second=speed) for name, speed in
+          {"fast": 4e11, "middle": 1e11, "slow": 1e10}.items()}  # fmt: skip
 
 
-# The catalogue
+def chain(names: list[str], devices: tuple[Device, ...] | None = None) -> Cluster:
+    links = tuple(SPEEDS[name] for name in names)
+    return Cluster(devices=devices or (device(),) * (len(links) + 1), links=links)
 
 
-def test_the_catalogue_holds_the_devices_promised():
-    promised = {"h100-sxm", "h100-pcie", "h200", "a100-80g", "a100-40g", "l40s", "b200", "mi300x", "cpu"}
-    assert set(catalogue()) == promised
-    assert list(catalogue()) == sorted(catalogue())
+chains = st.lists(st.sampled_from(sorted(SPEEDS)), max_size=30).map(chain)
 
 
-@pytest.mark.parametrize("name", catalogue())
-def test_each_entry_is_sane(name):
-    entry, neighbour = load_device(name), load_link(name)
-    assert entry.name == name
-    assert len(entry.tiers) >= 2
-    speeds = [level.achieved_bytes_per_second for level in entry.tiers]
-    assert speeds == sorted(speeds, reverse=True), "a smaller tier is faster"
-    assert 1e9 < entry.memory.usable_bytes < entry.memory.capacity_bytes < 1e12
-    assert {"float32", "float16", "bfloat16", "int8"} <= {dtype for dtype, _ in entry.peak_flops}
-    assert 1e-5 < entry.layer_overhead_seconds < 1e-3
-    assert 0 < neighbour.seconds(0) == neighbour.latency_seconds < 1e-3
-    assert neighbour.seconds(10**9) > 1e9 / entry.memory.achieved_bytes_per_second
-    if name != "cpu":
-        assert entry.flops("float16") > 3 * entry.flops("float32")
+# Single figures
 
 
-@pytest.mark.parametrize("name", catalogue())
-def test_each_figure_has_its_source(name):
-    text = (resources.files("lp_plugin") / "hardware" / f"{name}.toml").read_text(encoding="utf-8")
-    figures = [line for line in text.splitlines() if re.match(r"[a-z0-9_]+ = ", line) and "name =" not in line]
-    assert len(figures) >= 15
-    for line in figures:
-        assert re.search(r"\S  # source: \S.{9,}", line), line
-
-
-def test_measured_figures_of_the_h200():
-    h200, nvlink = load_device("h200"), load_link("h200")
-    assert [level.name for level in h200.tiers] == ["l2", "hbm"]
-    assert h200.tiers[0].usable_bytes == 39_600_000
-    assert h200.memory.usable_bytes == 126_900_000_000
-    assert h200.flops("float16") == pytest.approx(609e12, rel=0.01)
-    assert h200.memory.achieved_bytes_per_second == pytest.approx(4.3e12, rel=0.01)
-    assert nvlink.seconds(351_000_000) == pytest.approx(35e-6 + 1e-3)
-
-
-def test_an_unknown_device_gets_a_suggestion():
-    with pytest.raises(HardwareError, match=r"'H100_SXM' is not in the catalogue; did you mean h100-sxm") as error:
-        Cluster.parse("H100_SXM:4")
-    assert all(name in str(error.value) for name in catalogue())
-    with pytest.raises(HardwareError, match="not in the catalogue; known: "):
-        load_link("../hardware/h200")
+def test_what_no_stage_can_count_on_is_reserved():
+    assert load_device("h200").reserved_bytes == 14_100_000_000
+    card = device(tiers=(tier(capacity_bytes=1001, usable_fraction=0.9),))
+    assert (card.memory.usable_bytes, card.reserved_bytes) == (900, 101)
 
 
 def test_an_unknown_dtype_lists_those_known():
@@ -141,16 +65,160 @@ def test_an_unknown_dtype_lists_those_known():
         load_device("a100-80g").flops("float8")
 
 
-# Clusters
+@pytest.mark.parametrize(
+    ("make", "change", "message"),
+    [
+        (tier, {"capacity_bytes": 0}, r"MemoryTier 'hbm': capacity_bytes is 0; it must be over 0 \(at least 1e-30\)"),
+        (tier, {"capacity_bytes": 10**400}, "capacity_bytes is 10{59}... .401 characters.; it must .* at most 1e.30"),
+        (tier, {"capacity_bytes": 10**5000}, "capacity_bytes is a number of more digits than can be shown; it must be"),
+        (tier, {"capacity_bytes": "9"}, "capacity_bytes is '9'; it must be"),
+        (tier, {"bandwidth_bytes_per_second": NAN}, "bandwidth_bytes_per_second is nan"),
+        (tier, {"bandwidth_bytes_per_second": 5e-324}, "bandwidth_bytes_per_second is 5e-324"),
+        (tier, {"usable_fraction": 1.1}, r"usable_fraction is 1\.1; it must be over 0 .* and at most 1"),
+        (tier, {"usable_fraction": True}, "usable_fraction is True"),
+        (tier, {"bandwidth_efficiency": 0.0}, r"bandwidth_efficiency is 0\.0"),
+        (device, {"tiers": ()}, r"its tiers have \[\] bytes; give at least one"),
+        (device, {"tiers": (tier(), tier())}, "from small to large"),
+        (device, {"tiers": (tier(capacity_bytes=10**10), tier())}, "from small to large"),
+        (device, {"peak_flops": ()}, "give at least one dtype"),
+        (device, {"peak_flops": (("int8", 1e9), ("int8", 1e9))}, "each once"),
+        (device, {"peak_flops": (("int8", -1.0),)}, "a peak over 0"),
+        (device, {"peak_flops": (("int8", 1.0), ("float16", NAN))}, "a peak over 0"),
+        (device, {"peak_flops": (("int8", 10**5000),)}, "a peak over 0"),
+        (device, {"compute_efficiency": 2.0}, r"Device 'card': compute_efficiency is 2\.0"),
+        (device, {"compute_efficiency": None}, "compute_efficiency is None"),
+        (device, {"layer_overhead_seconds": -1.0}, r"layer_overhead_seconds is -1\.0; it must be at least 0"),
+        (link, {"bandwidth_bytes_per_second": INF}, "Link 'link': bandwidth_bytes_per_second is inf"),
+        (link, {"latency_seconds": INF}, "latency_seconds is inf"),
+        (link, {"bandwidth_efficiency": 1.5}, r"bandwidth_efficiency is 1\.5"),
+        (link, {"collective_efficiency": 0}, "collective_efficiency is 0; it must be over 0"),
+    ],
+)
+def test_bounds(make, change, message):
+    with pytest.raises(HardwareError, match=message):
+        make(**change)
+
+
+# Links
+
+
+def test_all_reduces_measured_on_two_h200():
+    nvlink = load_link("h200")
+    for num_bytes, achieved in ((164e6, 289e9), (34e6, 237e9)):
+        assert nvlink.all_reduce_seconds(num_bytes, 2) == pytest.approx(num_bytes / achieved, rel=0.03)
+
+
+def ring_bytes(group_size: int, num_bytes: float) -> float:
+    """Bytes that the busiest device sends when a ring of devices adds up a tensor, step by step, chunk by chunk."""
+    has = [[{rank} for _ in range(group_size)] for rank in range(group_size)]  # [rank][chunk]: whose parts are added
+    sent = [0.0] * group_size
+    for step in range(2 * (group_size - 1)):
+        before = [[set(parts) for parts in row] for row in has]
+        for rank in range(group_size):
+            chunk = (rank - step) % group_size
+            has[(rank + 1) % group_size][chunk] |= before[rank][chunk]
+            sent[rank] += num_bytes / group_size
+    assert all(parts == set(range(group_size)) for row in has for parts in row)
+    return max(sent)
+
+
+@pytest.mark.parametrize("group_size", [1, 2, 3, 8, 16])
+def test_an_all_reduce_is_a_ring(group_size):
+    wire = link(bandwidth_bytes_per_second=1e9, latency_seconds=2e-5, bandwidth_efficiency=0.5, collective_efficiency=1)
+    expected = 2e-5 + ring_bytes(group_size, 1e6) / 5e8 if group_size > 1 else 0
+    assert wire.all_reduce_seconds(1e6, group_size) == pytest.approx(expected)
+    if group_size > 1:
+        assert wire.all_reduce_seconds(0, group_size) == 2e-5
+
+
+@pytest.mark.parametrize("group_size", [0, -1, 2.0, True, NAN, 10**5000], ids=shown)
+def test_a_wrong_group_for_an_all_reduce_is_refused(group_size):
+    with pytest.raises(HardwareError, match=r"group_size is .*; it must be a whole number"):
+        link().all_reduce_seconds(1.0, group_size)
+
+
+def test_the_slower_link_is_that_of_a_mebibyte():
+    wide_but_late = link(name="late", bandwidth_bytes_per_second=1e12, latency_seconds=1e-2)
+    assert slower_link(link(), wide_but_late) == slower_link(wide_but_late, link()) == wide_but_late
+    near = link(name="near", bandwidth_bytes_per_second=1e6, latency_seconds=0)
+    assert slower_link(near, wide_but_late) == near
+    assert slower_link(link(name="left"), link(name="right")).name == "left"
+
+
+# Nodes
 
 
 def test_parse_a_count():
     cluster = Cluster.parse("h100-sxm:16")
-    assert cluster == Cluster.homogeneous("h100-sxm", 16)
-    assert cluster == Cluster.homogeneous(load_device("h100-sxm"), 16, load_link("h100-sxm"))
-    assert (len(cluster.devices), len(cluster.links)) == (16, 15)
+    assert cluster == Cluster.homogeneous("h100-sxm", 16) == Cluster.homogeneous(load_device("h100-sxm"), 16)
+    nvlink, network = load_link("h100-sxm"), load_network("h100-sxm")
+    assert cluster.links == (nvlink,) * 7 + (network,) + (nvlink,) * 7
+    assert cluster.node_sizes() == (8, 8)
     assert cluster.subset(4) == Cluster.parse("h100-sxm:4")
+    assert cluster.subset(12).node_sizes() == (8, 4)
     assert cluster.subset(1).links == ()
+    assert cluster.subset(1).node_sizes() == (1,)
+
+
+@pytest.mark.parametrize(
+    ("spec", "sizes"),
+    [
+        ("h100-sxm:2x8", (8, 8)),
+        ("h200:1x16", (16,)),
+        ("h200:3x4", (4, 4, 4)),
+        ("l40s:9", (8, 1)),
+        ("mi300x:16", (8, 8)),
+        ("cpu:20", (20,)),
+    ],
+)
+def test_nodes_of_a_spec(spec, sizes):
+    cluster = Cluster.parse(spec)
+    assert cluster.node_sizes() == sizes
+    assert len(cluster.devices) == sum(sizes)
+
+
+def test_nodes_of_one_device_have_only_the_network():
+    assert set(Cluster.parse("h200:4x1").links) == {load_network("h200")}
+
+
+@STEADY
+@given(st.integers(1, 40), st.integers(1, 40))
+def test_a_node_is_filled_before_the_next(count, size):
+    cluster = Cluster.homogeneous("h200", count, devices_per_node=size)
+    nodes = [number // size for number in range(count)]
+    assert [entry.name for entry in cluster.links] == [
+        "NVLink 4" if left == right else "InfiniBand NDR" for left, right in pairwise(nodes)
+    ]
+    if size > 1:
+        assert cluster.node_sizes() == tuple(nodes.count(node) for node in range(nodes[-1] + 1))
+
+
+def test_a_link_given_joins_all_neighbours():
+    cluster = Cluster.homogeneous("h200", 20, link())
+    assert set(cluster.links) == {link()}
+    assert cluster.node_sizes() == (20,)
+    with pytest.raises(HardwareError, match="devices_per_node is 8 beside a link; give a link, which joins all"):
+        Cluster.homogeneous("h200", 20, link(), 8)
+
+
+def test_nodes_of_unequal_devices_are_seen_in_their_own_links():
+    old, new = device(name="old"), device(name="new")
+    names = ["fast"] * 3 + ["slow"] + ["middle"] * 3
+    assert chain(names, (new,) * 4 + (old,) * 4).node_sizes() == (4, 4)
+    assert chain(names).node_sizes() == (4, 1, 1, 1, 1)
+
+
+@STEADY
+@given(chains)
+def test_a_node_of_equal_devices_ends_at_each_slower_link(cluster):
+    fastest = max((entry.bandwidth_bytes_per_second for entry in cluster.links), default=0)
+    sizes = [1]
+    for entry in cluster.links:
+        if entry.bandwidth_bytes_per_second < fastest:
+            sizes.append(1)
+        else:
+            sizes[-1] += 1
+    assert cluster.node_sizes() == tuple(sizes)
 
 
 def test_one_own_device_needs_no_link():
@@ -159,37 +227,161 @@ def test_one_own_device_needs_no_link():
         Cluster.homogeneous(device(), 2)
 
 
-@pytest.mark.parametrize("spec", ["h200", "h200:", "h200:x", "h200:-1", "h200:1.5", "h200:²", "", "h200:9999999999"])
+@pytest.mark.parametrize(
+    "spec",
+    ["h200", "h200:", "h200:x", "h200:-1", "h200:1.5", "h200:²", "", "h200:9999999999", "h200:2x", "h200:x2",
+     "h200:2X8", "h200:2x2x2", "h200:1e3", "h200:nan", "h200:2 x 8", "h200:8\n"],
+)  # fmt: skip
 def test_a_spec_of_another_form_is_refused(spec):
-    with pytest.raises(HardwareError, match='is not understood; write a device and how many, as in "h100-sxm:16"'):
+    with pytest.raises(HardwareError, match='is not understood; write a device and how many, as in "h100-sxm:16" or'):
         Cluster.parse(spec)
 
 
-@pytest.mark.parametrize("count", [0, -1, 65_537, True, 2.0])
+def test_a_long_spec_is_not_repeated():
+    with pytest.raises(HardwareError, match=r"9\.\.\. \(1000002 characters\) is not understood") as error:
+        Cluster.parse("9" * 10**6)
+    assert len(str(error.value)) < 300
+
+
+@pytest.mark.parametrize("spec", ["h200:0", "h200:65537", "h200:0x8", "h200:2x0", "h200:999999999x999999999"])
+def test_a_spec_of_too_few_or_too_many_is_refused(spec):
+    with pytest.raises(HardwareError, match=r"count is \d+; it must be a whole number, 1 to 65536"):
+        Cluster.parse(spec)
+
+
+@pytest.mark.parametrize("count", [0, -1, 65_537, True, 2.0, "2", None, NAN, INF, 10**5000], ids=shown)
 def test_a_wrong_count_is_refused(count):
     with pytest.raises(HardwareError, match=r"count is .*; it must be a whole number, 1 to 65536"):
         Cluster.homogeneous("h200", count)
+    if count is not None:
+        with pytest.raises(HardwareError, match=r"devices_per_node is .*; it must be a whole number, 1 to 65536"):
+            Cluster.homogeneous("h200", 2, devices_per_node=count)
 
 
-@pytest.mark.parametrize("num_devices", [0, 3])
+# Clusters
+
+
+def test_a_cluster_has_one_link_fewer_than_devices():
+    for devices, links in (((), ()), ((device(),), (link(),)), ((device(), device()), ())):
+        with pytest.raises(HardwareError, match=f"has {len(devices)} devices and {len(links)} links; give at least"):
+            Cluster(devices=devices, links=links)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"group_size": 0}, "group_size is 0; it must be a whole number, 1 to 65536"),
+        ({"group_size": 2.0}, r"group_size is 2\.0"),
+        ({"group_size": 2}, "has 0 group_links with a group_size of 2; give 2: one for each stage"),
+        ({"group_size": 2, "group_links": (link(),)}, "has 1 group_links with a group_size of 2; give 2"),
+        ({"group_links": (link(), link())}, "has 2 group_links with a group_size of 1; give 0"),
+    ],
+)
+def test_groups_have_a_link_each(changes, message):
+    with pytest.raises(HardwareError, match=message):
+        Cluster(devices=(device(),) * 2, links=(link(),), **changes)
+
+
+@pytest.mark.parametrize("num_devices", [0, 3, -1, 1.0, True, "1", NAN])
 def test_a_wrong_subset_is_refused(num_devices):
-    with pytest.raises(HardwareError, match=f"{num_devices} devices were asked for; ask for 1 to 2"):
+    with pytest.raises(HardwareError, match=f"{num_devices!r} devices were asked for; ask for 1 to 2"):
         Cluster.parse("h200:2").subset(num_devices)
 
 
-@given(st.integers(min_value=1, max_value=40), st.data())
-def test_a_subset_of_a_subset(count, data):
-    cluster = Cluster.homogeneous(device(), count, link())
+@STEADY
+@given(chains, st.data())
+def test_a_subset_of_a_subset(cluster, data):
+    count = len(cluster.devices)
     middle = data.draw(st.integers(min_value=1, max_value=count))
     smallest = data.draw(st.integers(min_value=1, max_value=middle))
     assert cluster.subset(count) == cluster
     assert cluster.subset(middle).subset(smallest) == cluster.subset(smallest)
 
 
+@STEADY
+@given(st.integers(1, 5), st.integers(1, 5), st.data())
+def test_groups(size, count, data):
+    total = size * count
+    names = data.draw(st.lists(st.sampled_from(sorted(SPEEDS)), min_size=total - 1, max_size=total - 1))
+    cards = tuple(device(name=str(data.draw(st.integers(0, 1)))) for _ in range(count))
+    cluster = chain(names, tuple(card for card in cards for _ in range(size)))
+    grouped = cluster.grouped(size)
+    assert grouped.devices == cards
+    assert grouped.group_size == size
+    if size == 1:
+        assert grouped == cluster
+        return
+
+    def slowest(first: int, last: int) -> float:
+        return min(entry.bandwidth_bytes_per_second for entry in cluster.links[first:last])
+
+    for group, inner in enumerate(grouped.group_links):
+        assert inner.bandwidth_bytes_per_second == slowest(group * size, (group + 1) * size - 1)
+    for group, outer in enumerate(grouped.links):
+        ways = [slowest(rank, rank + size) for rank in range(group * size, (group + 1) * size)]
+        assert outer.bandwidth_bytes_per_second == min(ways)
+    stages = data.draw(st.integers(1, count))
+    assert grouped.subset(stages) == cluster.subset(stages * size).grouped(size)
+
+
+def test_groups_of_nodes():
+    cluster = Cluster.parse("h100-sxm:4x8")
+    nvlink, network = load_link("h100-sxm"), load_network("h100-sxm")
+    by_node, by_half, by_two = cluster.grouped(8), cluster.grouped(4), cluster.grouped(16)
+    assert (by_node.links, by_node.group_links) == ((network,) * 3, (nvlink,) * 4)
+    assert by_half.links == (nvlink, network) * 3 + (nvlink,)
+    assert (by_two.links, by_two.group_links) == ((network,), (network,) * 2)
+    assert by_half.node_sizes() == (2, 2, 2, 2)
+    assert [part.grouped(8).links for part in cluster.replicas(2)] == [(network,)] * 2
+
+
+def test_groups_that_cannot_be():
+    cluster = Cluster.parse("h200:12")
+    with pytest.raises(HardwareError, match="12 devices can't be cut into groups of 8; take a divisor of 12"):
+        cluster.grouped(8)
+    with pytest.raises(HardwareError, match="has groups of 4 already; group the cluster without them"):
+        cluster.grouped(4).grouped(3)
+    assert cluster.grouped(4).grouped(1) == cluster.grouped(4)
+    mixed = chain(["fast"] * 5, (device(),) * 3 + (device(name="other"),) * 3)
+    with pytest.raises(HardwareError, match=r"devices 2 \(card\) and 3 \(other\) differ but share a group of 2"):
+        mixed.grouped(2)
+    assert [card.name for card in mixed.grouped(3).devices] == ["card", "other"]
+    for size in (0, -1, 2.0, True, NAN):
+        with pytest.raises(HardwareError, match=r"group_size is .*; it must be a whole number, 1 to 65536"):
+            cluster.grouped(size)
+
+
+@STEADY
+@given(st.integers(1, 4), st.integers(1, 6), st.sampled_from([1, 2]), st.data())
+def test_replicas_are_the_chain_without_the_links_between(count, size, group_size, data):
+    total = count * size * group_size
+    names = data.draw(st.lists(st.sampled_from(sorted(SPEEDS)), min_size=total - 1, max_size=total - 1))
+    cluster = chain(names).grouped(group_size)
+    parts = cluster.replicas(count)
+    assert [len(part.devices) for part in parts] == [size] * count
+    assert sum((part.devices for part in parts), ()) == cluster.devices
+    assert sum((part.group_links for part in parts), ()) == cluster.group_links
+    kept = [entry for number, entry in enumerate(cluster.links, 1) if number % size]
+    assert [entry for part in parts for entry in part.links] == kept
+    assert parts[0] == cluster.subset(size)
+
+
+@pytest.mark.parametrize("count", [5, 13, 24])
+def test_replicas_of_unequal_size_are_refused(count):
+    with pytest.raises(HardwareError, match=f"12 devices can't be cut into {count} equal parts; take a divisor"):
+        Cluster.parse("h200:12").replicas(count)
+
+
+@pytest.mark.parametrize("count", [0, -1, 2.0, True, 65_537])
+def test_a_wrong_number_of_replicas_is_refused(count):
+    with pytest.raises(HardwareError, match=r"replicas is .*; it must be a whole number"):
+        Cluster.parse("h200:12").replicas(count)
+
+
 def test_the_digest_is_stable_and_sensitive():
     card = device()
     cluster = Cluster(devices=(card, card), links=(link(),))
-    assert cluster.digest == "2294507deea35fe764ff96d64aad1eddf68014d1112c5ae57b05868558ff99ec"
+    assert cluster.digest == "330a6717ee28a9b36bec2f8af2d6e7dbdc6a7ac82f5f69e88311bd84a7689150"
     assert Cluster(devices=(card, card), links=(link(bandwidth_bytes_per_second=10**9),)).digest == cluster.digest
     changed = [
         Cluster(devices=(card, dataclasses.replace(card, **change)), links=cluster.links)
@@ -202,135 +394,15 @@ def test_the_digest_is_stable_and_sensitive():
             {"layer_overhead_seconds": 0.0},
         )
     ]
-    changed += [cluster.subset(1), Cluster(devices=(card, card), links=(link(latency_seconds=0.0),))]
-    assert len({cluster.digest, *(other.digest for other in changed)}) == 9
+    for change in ({"latency_seconds": 0.0}, {"collective_efficiency": 0.5}, {"name": "other"}):
+        changed.append(Cluster(devices=(card, card), links=(link(**change),)))
+    four = chain(["fast"] * 3)
+    changed += [cluster.subset(1), four, four.grouped(2), four.grouped(4), chain(["fast", "slow", "fast"])]
+    changed += [chain(["fast", "fast", "slow"]), chain(["fast", "slow", "fast"]).grouped(2)]
+    assert len({cluster.digest, *(other.digest for other in changed)}) == 1 + len(changed) == 17
 
 
-# Bounds
-
-
-@pytest.mark.parametrize(
-    ("make", "change", "message"),
-    [
-        (tier, {"capacity_bytes": 0}, "MemoryTier 'hbm': capacity_bytes is 0; it must be over 0"),
-        (tier, {"bandwidth_bytes_per_second": float("nan")}, "bandwidth_bytes_per_second is nan"),
-        (tier, {"usable_fraction": 1.1}, "usable_fraction is 1.1; it must be over 0 and at most 1"),
-        (tier, {"bandwidth_efficiency": 0.0}, "bandwidth_efficiency is 0.0"),
-        (device, {"tiers": ()}, r"its tiers have \[\] bytes; give at least one"),
-        (device, {"tiers": (tier(), tier())}, "from small to large"),
-        (device, {"tiers": (tier(capacity_bytes=10**10), tier())}, "from small to large"),
-        (device, {"peak_flops": ()}, "give at least one dtype"),
-        (device, {"peak_flops": (("int8", 1e9), ("int8", 1e9))}, "each once"),
-        (device, {"peak_flops": (("int8", -1.0),)}, "a peak over 0"),
-        (device, {"peak_flops": (("int8", 1.0), ("float16", float("nan")))}, "a peak over 0"),
-        (device, {"compute_efficiency": 2.0}, "Device 'card': compute_efficiency is 2.0"),
-        (device, {"layer_overhead_seconds": -1.0}, "layer_overhead_seconds is -1.0; it must be at least 0"),
-        (
-            link,
-            {"bandwidth_bytes_per_second": float("inf")},
-            "Link 'link': bandwidth_bytes_per_second is inf",
-        ),
-        (link, {"latency_seconds": float("inf")}, "latency_seconds is inf"),
-        (link, {"bandwidth_efficiency": 1.5}, "bandwidth_efficiency is 1.5"),
-    ],
-)
-def test_bounds(make, change, message):
-    with pytest.raises(HardwareError, match=message):
-        make(**change)
-
-
-def test_a_cluster_has_one_link_fewer_than_devices():
-    for devices, links in (((), ()), ((device(),), (link(),)), ((device(), device()), ())):
-        with pytest.raises(HardwareError, match=f"has {len(devices)} devices and {len(links)} links; give at least"):
-            Cluster(devices=devices, links=links)
-
-
-# Cluster files
-
-
-def test_unequal_devices_take_the_slower_link(read):
-    cluster = read(H100_AND_A100)
-    assert [card.name for card in cluster.devices] == ["h100-sxm"] * 8 + ["a100-40g"] * 2
-    assert cluster.links == (load_link("h100-sxm"),) * 7 + (load_link("a100-40g"),) * 2
-
-
-def test_a_link_for_all_and_an_exception(read):
-    cluster = read(H100_AND_A100 + OWN_DEVICE + LINK + LINK_BETWEEN)
-    assert len(cluster.devices) == 12
-    assert {entry.bandwidth_bytes_per_second for entry in cluster.links} == {450e9, 50e9}
-    assert [i for i, entry in enumerate(cluster.links) if entry.latency_seconds == 50e-6] == [7]
-    own = cluster.devices[-1]
-    assert own.tiers[0].usable_bytes == 26_400_000
-    assert own.memory.capacity_bytes == 32 * 10**9
-    assert own.flops("float16") == pytest.approx(180e12)
-    assert own.layer_overhead_seconds == 300e-6
-
-
-def test_the_order_of_dtypes_does_not_change_the_digest(read):
-    one = read(OWN_DEVICE + 'int8 = "1 TFLOP/s"' + LINK)
-    other = read(OWN_DEVICE.replace("[device.flops]", '[device.flops]\nint8 = "1 TFLOP/s"') + LINK)
-    assert one.digest == other.digest
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("", "device is missing; add it"),
-        ("device = []", "the cluster has 0 devices"),
-        ("device = [5]", r"device\[0\] is 5: Input should be a valid dictionary"),
-        ("[[device]", "can't be read: "),
-        (f"x = {'9' * 5000}", "can't be read: "),
-        (H100_AND_A100 + "[links]", "links is not a known key; allowed here: device, link, link_between"),
-        (
-            "[[device]]\ntype = 'h100'\ncount = 2",
-            "device 'h100' is not in the catalogue; did you mean h200 or h100-",
-        ),
-        ("[[device]]\ntype = 'h200'", r"device\[0\]\.count is missing"),
-        (
-            "[[device]]\ntype = 'h200'\ncount = '2'",
-            r"device\[0\]\.count is '2': Input should be a valid integer",
-        ),
-        ("[[device]]\ntype = 'h200'\ncount = 0", r"device\[0\]: count is 0; it must be a whole number, 1 to"),
-        (
-            "[[device]]\ntype = 'h200'\ncount = 1\nnum = 2",
-            r"device\[0\]\.num is not a known key; .*: type, count",
-        ),
-        (OWN_DEVICE, r"no link is known between devices 0 and 1; add \[link\]"),
-        (OWN_DEVICE.replace("40 MB", "40 Mb"), r"device\[0\]\.tier\[0\]\.capacity is '40 Mb': .*80 GB"),
-        (OWN_DEVICE.replace("40 MB", "40 GB"), "from small to large"),
-        (OWN_DEVICE.replace("300 us", "300 GB"), r"layer_overhead is '300 GB': .*units: ns, us, ms"),
-        (OWN_DEVICE.replace("0.66", "1.66"), "usable_fraction is 1.66; it must be over 0 and at most 1"),
-        (
-            OWN_DEVICE.replace("usable_f", "f"),
-            r"tier\[0\]\.fraction is not a known key; .*: name, capacity, band",
-        ),
-        (OWN_DEVICE.replace("float16", "fp16"), r"flops\.fp16 is 'fp16': Input should be 'float32'"),
-        (OWN_DEVICE.replace("compute_efficiency = 0.6", ""), r"device\[0\]\.compute_efficiency is missing"),
-        (H100_AND_A100 + LINK.replace('latency = "35 us"', ""), r"link\.latency is missing"),
-        (
-            H100_AND_A100 + LINK_BETWEEN.replace("7", "9"),
-            r"link_between\[0\]\.first is 9; it must be 0 to 8",
-        ),
-        (H100_AND_A100 + LINK_BETWEEN.replace("7", "-1"), r"link_between\[0\]\.first is -1"),
-        (H100_AND_A100 + LINK_BETWEEN * 2, r"link_between\[1\]\.first is 7; .* each at most once"),
-    ],
-)
-def test_a_wrong_file_says_where_and_what_is_allowed(read, text, message):
-    with pytest.raises(HardwareError, match=message) as error:
-        read(text)
-    assert re.match(r"cluster file \S*/cluster\.toml", str(error.value))
-    assert "\n" not in str(error.value)
-    assert "pydantic" not in str(error.value)
-
-
-def test_every_problem_is_named_at_once(read):
-    with pytest.raises(HardwareError, match=r"tier\[0\]\.capacity is '1 X'.*; device\[0\]\.flops is missing"):
-        read(OWN_DEVICE.replace("40 MB", "1 X").replace("[device.flops]", "").replace("float16 =", "# "))
-
-
-def test_a_file_that_cannot_be_read(tmp_path):
-    (tmp_path / "latin.toml").write_bytes(b"# \xff")
-    (tmp_path / "folder.toml").mkdir()
-    for name in ("none.toml", "latin.toml", "folder.toml"):
-        with pytest.raises(HardwareError, match=rf"cluster file \S*{name} can't be read: "):
-            Cluster.from_toml(tmp_path / name)
+def test_the_order_of_unequal_devices_changes_the_digest():
+    one, other = device(), device(name="other")
+    orders = [(one, one, other), (one, other, one), (other, one, one), (one, other, other)]
+    assert len({chain(["fast"] * 2, order).digest for order in orders}) == 4

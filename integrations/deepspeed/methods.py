@@ -21,12 +21,14 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.pipe import PipelineModule
 from deepspeed.utils import logger
 
+from lp_plugin.catalogue import load_link, load_network
+from lp_plugin.device import Device, slower_link
 from lp_plugin.errors import DeepSpeedConfigError, PlanFileError, RuntimeEnvironmentError
-from lp_plugin.hardware import Cluster, Device, Link, load_link
+from lp_plugin.hardware import Cluster
 from lp_plugin.integrations.deepspeed.config import Settings
 from lp_plugin.integrations.deepspeed.layers import build_layer, distinct_numbers, profile_layers, undisturbed_random
 from lp_plugin.integrations.deepspeed.sample import sample_input
-from lp_plugin.measure.device import NETWORK, detect_device
+from lp_plugin.measure.device import detect_device
 from lp_plugin.measure.layers import LayerFailedError, LayerSeconds, time_layers
 from lp_plugin.model import ModelProfile
 from lp_plugin.plan import Plan
@@ -185,14 +187,12 @@ def detected_cluster(module: PipelineModule, device: str) -> Cluster:
     torch.distributed.all_gather_object(found, mine)
     stages = [found[min(module._topo.filter_match(pipe=stage))] for stage in range(module.num_stages)]
     links = tuple(
-        _slower(load_link(left.name), load_link(right.name)) if host == other else NETWORK
+        slower_link(load_link(left.name), load_link(right.name))
+        if host == other
+        else slower_link(load_network(left.name), load_network(right.name))
         for (left, host), (right, other) in pairwise(stages)
     )
     return Cluster(devices=tuple(device for device, _ in stages), links=links)
-
-
-def _slower(left: Link, right: Link) -> Link:
-    return min(left, right, key=lambda link: link.bandwidth_bytes_per_second)
 
 
 def _plan_from_file(path: str, module: PipelineModule) -> Plan:

@@ -7,18 +7,11 @@ import os
 
 import torch
 
+from lp_plugin.catalogue import catalogue, load_device
+from lp_plugin.device import Device
 from lp_plugin.errors import HardwareError
-from lp_plugin.hardware import Device, Link, catalogue, load_device
 
-__all__ = ["NETWORK", "detect_device"]
-
-NETWORK = Link(
-    name="network between hosts",
-    bandwidth_bytes_per_second=50e9,  # one 400 Gb/s NDR InfiniBand port per GPU, datasheet
-    latency_seconds=35e-6,  # assumed: as one hop inside a host
-    bandwidth_efficiency=0.8,  # assumed, not measured here
-)
-"""Between neighbours on different hosts, unless the user's cluster file says otherwise."""
+__all__ = ["detect_device"]
 
 _NAMES = {
     "H100 PCIe": "h100-pcie",
