@@ -11,7 +11,8 @@
     │   ├── WorkloadError                       a batch, sequence or micro-batch that makes no sense
     │   ├── PlanFileError                       a plan that is truncated, invalid or for another model
     │   ├── DeepSpeedConfigError                a wrong "lp_plugin" section
-    │   └── DocumentError                       input text that can't be scored
+    │   ├── DocumentError                       input text that can't be scored
+    │   └── PartitionFormatError                a partition that an engine can't express, or whose text is wrong
     ├── InfeasibleError                         no partition fits the memory; carries the table and a remedy
     └── RuntimeEnvironmentError                 the machine or the launch is wrong
         ├── MissingDependencyError              an extra that is not installed
@@ -33,6 +34,7 @@ __all__ = [
     "LpPluginError",
     "MissingDependencyError",
     "ModelConfigError",
+    "PartitionFormatError",
     "PlanFileError",
     "RankFailedError",
     "RuntimeEnvironmentError",
@@ -81,6 +83,10 @@ class DeepSpeedConfigError(InvalidInputError):
 
 class DocumentError(InvalidInputError):
     """Input text can't be scored: empty, unreadable, or longer than the model allows."""
+
+
+class PartitionFormatError(InvalidInputError):
+    """A partition that an engine's format can't express, or a text in such a format that is wrong."""
 
 
 class InfeasibleError(LpPluginError):

@@ -11,7 +11,7 @@ import hjson
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
 from lp_plugin.errors import DeepSpeedConfigError
-from lp_plugin.plan import Objective
+from lp_plugin.objective import Objective
 from lp_plugin.workload import Phase
 
 __all__ = ["InputSpec", "Section", "Settings", "read_settings"]
