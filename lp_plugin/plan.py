@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
+from lp_plugin.objective import Constraints, Objective
 from lp_plugin.schedule import bubble_fraction, makespan_seconds, ring_seconds
 from lp_plugin.workload import Workload
 
-__all__ = ["LayerFootprint", "Objective", "Plan", "Stage"]
-
-Objective = Literal["throughput", "memory"]
+__all__ = ["LayerFootprint", "Plan", "Stage"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,6 +17,10 @@ class LayerFootprint:
 
     name: str
     """The layer's name."""
+    kind: str
+    """`LayerCost.kind`: embedding, block, attention, mlp, norm, head, ..."""
+    block: int | None
+    """Index of the transformer block that it is, or is a part of."""
     weight_bytes: int
     """Parameters as stored, shared ones included."""
     activation_bytes: int
@@ -62,8 +64,18 @@ class Stage:
     """Touched per micro-batch; compared with each tier."""
     capacity_bytes: int
     """Usable bytes of the device's memory."""
+    reserved_bytes: int
+    """The rest of the device's memory: CUDA context, NCCL buffers, fragmentation."""
+    max_sequences: int | None
+    """Sequences of the workload's length whose KV cache fits beside the rest; None if it keeps none or trains."""
+    hit_fraction: float
+    """Predicted share of the traffic that the device's first tier serves."""
+    traffic_bytes: int
+    """Moved per micro-batch between the compute units and whatever tier holds the data."""
     compute_seconds: float
     """One micro-batch through the layers."""
+    resident_seconds: float
+    """The same if all data came from the device's first tier."""
     transfer_seconds: float
     """Receiving the input and sending the output of one micro-batch."""
 
@@ -91,12 +103,20 @@ class Plan:
 
     model_name: str
     """The profile's name."""
+    model_type: str | None
+    """transformers' name of the model's family; None for plain costs and layer lists."""
     dtype: str
     """Precision."""
+    weight_dtype: str | None
+    """How matrices are stored if they are quantised."""
     workload: Workload
     """With the micro-batch chosen."""
     objective: Objective | None
     """What was optimised; None for boundaries that were given."""
+    constraints: Constraints
+    """What it had to keep to."""
+    tensor_parallel: int
+    """Devices that share each stage's layers; all figures are those of one of them."""
     boundaries: tuple[int, ...]
     """Half-open, ``num_stages + 1`` numbers (DeepSpeed's ``parts``)."""
     stages: tuple[Stage, ...]
@@ -105,6 +125,8 @@ class Plan:
     """Footprint of each layer."""
     lower_bound_seconds: float
     """The heaviest layer, or all work spread evenly: no partition of these layers can have a faster bottleneck."""
+    uniform_seconds: float | None
+    """Slowest stage of DeepSpeed's uniform split of the same layers; None if that does not fit."""
     notes: tuple[str, ...] = ()
     """What a user should know: why the batch is cut, what more devices would not bring, ..."""
     model_digest: str
@@ -128,6 +150,32 @@ class Plan:
     def bottleneck_seconds(self) -> float:
         """Seconds of the slowest stage for one micro-batch."""
         return max(self.stage_seconds)
+
+    @property
+    def latency_seconds(self) -> float:
+        """Seconds of one micro-batch through all stages; decoding: of one token."""
+        return sum(self.stage_seconds)
+
+    @property
+    def gap(self) -> float:
+        """How far the bottleneck lies above the lower bound, as a share of it; 0 if there is no work."""
+        return self.bottleneck_seconds / self.lower_bound_seconds - 1 if self.lower_bound_seconds else 0.0
+
+    @property
+    def max_sequences(self) -> int | None:
+        """Sequences of the workload's length whose KV cache fits on all stages; None if none keeps one."""
+        return min((stage.max_sequences for stage in self.stages if stage.max_sequences is not None), default=None)
+
+    @property
+    def memory_share(self) -> float:
+        """Share of its usable memory that the fullest device needs."""
+        return max(stage.memory_bytes / stage.capacity_bytes for stage in self.stages)
+
+    @property
+    def dram_bytes_per_token(self) -> float:
+        """Bytes that all devices together fetch from beyond their first tier, per token; a prediction."""
+        missed = sum(stage.traffic_bytes * (1 - stage.hit_fraction) for stage in self.stages) * self.tensor_parallel
+        return missed / (self.workload.chosen_micro_batch * self.workload.tokens_per_sequence)
 
     @property
     def num_micro_batches(self) -> int:

@@ -15,15 +15,19 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from lp_plugin.architecture import DTYPE_BYTES
 from lp_plugin.errors import PlanFileError, WorkloadError
 from lp_plugin.model import ModelProfile
+from lp_plugin.objective import Constraints, Objective
 from lp_plugin.plan import LayerFootprint, Plan, Stage
+from lp_plugin.quantity import shown
 from lp_plugin.workload import Workload
 
 __all__ = ["SCHEMA_VERSION", "check_model", "load_plan", "save_plan", "write_atomically"]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """Raised when a field changes its meaning."""
 
-Bytes = Annotated[int, Field(ge=0)]
+_MOST_BYTES = 64 * 2**20  # of a file; a plan of 10,000 layers in 1,000 stages has 5 MB
+
+Count = Annotated[int, Field(ge=0, le=10**30)]
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
@@ -34,26 +38,33 @@ class _Strict(BaseModel):
 
 class _Layer(_Strict):
     name: str
-    weight_bytes: Bytes
-    activation_bytes: Bytes
-    kv_bytes: Bytes
-    buffer_bytes: Bytes
+    kind: str
+    block: Count | None
+    weight_bytes: Count
+    activation_bytes: Count
+    kv_bytes: Count
+    buffer_bytes: Count
 
 
 class _Stage(_Strict):
-    start: Bytes
-    stop: Bytes
+    start: Count
+    stop: Count
     layers: list[str]
     device: str
     tier: str
-    weight_bytes: Bytes
-    kv_bytes: Bytes
-    activation_bytes: Bytes
-    buffer_bytes: Bytes
-    training_bytes: Bytes
-    working_set_bytes: Bytes
-    capacity_bytes: Annotated[int, Field(gt=0)]
+    weight_bytes: Count
+    kv_bytes: Count
+    activation_bytes: Count
+    buffer_bytes: Count
+    training_bytes: Count
+    working_set_bytes: Count
+    capacity_bytes: Annotated[Count, Field(ge=1)]
+    reserved_bytes: Count
+    max_sequences: Count | None
+    hit_fraction: Annotated[float, Field(ge=0, le=1)]
+    traffic_bytes: Count
     compute_seconds: Seconds
+    resident_seconds: Seconds
     transfer_seconds: Seconds
 
 
@@ -62,18 +73,34 @@ class _Workload(_Strict):
     batch: int
     sequence: int
     micro_batch: int
+    checkpointing: bool
+    zero_stage: int
+    data_parallel: int
+
+
+class _Constraints(_Strict):
+    max_latency_seconds: float | None
+    min_tokens_per_second: float | None
+    min_sequences: int | None
+    max_memory_bytes: int | None
+    tier: str | None
 
 
 class _PlanFile(_Strict):
     schema_version: int
     model_name: str
+    model_type: str | None
     dtype: str
+    weight_dtype: str | None
     workload: _Workload
-    objective: Literal["throughput", "memory"] | None
-    boundaries: list[int]
+    objective: Objective | None
+    constraints: _Constraints
+    tensor_parallel: Annotated[Count, Field(ge=1)]
+    boundaries: list[Count]
     stages: list[_Stage]
     layers: list[_Layer]
     lower_bound_seconds: Seconds
+    uniform_seconds: Seconds | None
     notes: list[str]
     model_digest: Digest
     cluster_digest: Digest
@@ -100,28 +127,39 @@ def load_plan(path: str | Path) -> Plan:
         PlanFileError: If it is missing, truncated, of another schema, or contradicts itself.
     """
     file = Path(path)
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise PlanFileError(f"{file} does not exist; make it with 'lp-plugin plan MODEL -o {file}'.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise PlanFileError(f"{file} can't be read: {error}.") from None
-    except (ValueError, RecursionError) as error:
-        raise PlanFileError(f"{file} is not valid JSON ({error}); is it truncated? Make the plan again.") from None
+    raw = _read(file)
     version = raw.get("schema_version") if isinstance(raw, dict) else None
     if version != SCHEMA_VERSION:
         raise PlanFileError(
-            f"{file} has schema version {version!r}; this lp_plugin reads {SCHEMA_VERSION}. Make the plan again."
+            f"{file} has schema version {shown(version)}; this lp_plugin reads {SCHEMA_VERSION}. Make the plan again."
         )
     try:
         parsed = _PlanFile.model_validate(raw)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
+        where = where if where.isprintable() and len(where) <= 80 else shown(where)
         raise PlanFileError(f"{file}: {where}: {first['msg'].lower()}. Make the plan again.") from None
     plan = _to_plan(parsed, file)
     _check_consistency(plan, file)
     return plan
+
+
+def _read(file: Path) -> Any:
+    """What the JSON holds."""
+    try:
+        size = file.stat().st_size
+        text = file.read_text(encoding="utf-8") if size <= _MOST_BYTES else ""
+    except FileNotFoundError:
+        raise PlanFileError(f"{file} does not exist; make it with 'lp-plugin plan MODEL -o {file}'.") from None
+    except (OSError, ValueError) as error:  # no UTF-8, or no path at all
+        raise PlanFileError(f"{file} can't be read: {error}.") from None
+    if size > _MOST_BYTES:
+        raise PlanFileError(f"{file} has {size:,} bytes; a plan has at most {_MOST_BYTES:,}. Make the plan again.")
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise PlanFileError(f"{file} is not valid JSON ({error}); is it truncated? Make the plan again.") from None
 
 
 def check_model(plan: Plan, profile: ModelProfile, path: str | Path) -> None:
@@ -164,12 +202,21 @@ def _to_plan(parsed: _PlanFile, file: Path) -> Plan:
     fields: dict[str, Any] = parsed.model_dump(exclude={"schema_version"})
     try:
         workload = Workload(**fields.pop("workload"))
+        constraints = Constraints(**fields.pop("constraints"))
     except WorkloadError as error:
-        raise PlanFileError(f"{file}: workload: {error}") from None
+        raise PlanFileError(f"{file}: workload or constraints: {error}") from None
     stages = tuple(Stage(**{**stage, "layers": tuple(stage["layers"])}) for stage in fields.pop("stages"))
     layers = tuple(LayerFootprint(**layer) for layer in fields.pop("layers"))
     boundaries, notes = tuple(fields.pop("boundaries")), tuple(fields.pop("notes"))
-    return Plan(workload=workload, stages=stages, layers=layers, boundaries=boundaries, notes=notes, **fields)
+    return Plan(
+        workload=workload,
+        constraints=constraints,
+        stages=stages,
+        layers=layers,
+        boundaries=boundaries,
+        notes=notes,
+        **fields,
+    )
 
 
 def _check_consistency(plan: Plan, file: Path) -> None:
@@ -177,18 +224,27 @@ def _check_consistency(plan: Plan, file: Path) -> None:
     bounds = plan.boundaries
     rising = all(low < high for low, high in itertools.pairwise(bounds))
     if len(bounds) < 2 or not rising or bounds[0] != 0 or bounds[-1] != count:
-        raise PlanFileError(f"{file}: boundaries {list(bounds)} must rise from 0 to {count}, the number of layers.")
+        raise PlanFileError(
+            f"{file}: boundaries {shown(list(bounds))} must rise from 0 to {count}, the number of layers."
+        )
     spans = tuple((stage.start, stage.stop) for stage in plan.stages)
     if spans != tuple(itertools.pairwise(bounds)):
-        raise PlanFileError(f"{file}: stages cover {list(spans)}, which contradicts boundaries {list(bounds)}.")
+        raise PlanFileError(
+            f"{file}: stages cover {shown(list(spans))}, which contradicts boundaries {shown(list(bounds))}."
+        )
     for index, stage in enumerate(plan.stages):
         names = tuple(layer.name for layer in plan.layers[stage.start : stage.stop])
         if stage.layers != names:
             raise PlanFileError(
-                f"{file}: stage {index} names layers {list(stage.layers)}, which contradicts {list(names)}. "
-                "Make the plan again."
+                f"{file}: stages.{index}.layers are {shown(list(stage.layers))}, which contradicts layers: "
+                f"{shown(list(names))}. Make the plan again."
             )
+    if plan.lower_bound_seconds > plan.bottleneck_seconds:
+        raise PlanFileError(
+            f"{file}: lower_bound_seconds is {plan.lower_bound_seconds}, more than the slowest stage's "
+            f"{plan.bottleneck_seconds}. Make the plan again."
+        )
     if plan.workload.digest != plan.workload_digest:
-        raise PlanFileError(f"{file}: the workload was edited (its digest differs). Make the plan again.")
+        raise PlanFileError(f"{file}: the workload was edited (workload_digest differs). Make the plan again.")
     if plan.dtype not in DTYPE_BYTES:
-        raise PlanFileError(f"{file}: dtype is {plan.dtype!r}; known are {', '.join(sorted(DTYPE_BYTES))}.")
+        raise PlanFileError(f"{file}: dtype is {shown(plan.dtype)}; known are {', '.join(sorted(DTYPE_BYTES))}.")

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from lp_plugin.hardware import Cluster
 from lp_plugin.plan import Plan, Stage
 from lp_plugin.quantity import format_bytes, format_seconds
+from lp_plugin.solve import uniform_boundaries
 
-__all__ = ["as_text", "layer_table", "plan_report", "stage_table", "summary"]
+__all__ = ["as_text", "layer_table", "plan_report", "stage_table", "summary", "tier_table"]
 
 _KINDS = {
     "weight_bytes": "weights",
@@ -24,6 +27,9 @@ _KINDS = {
     "training_bytes": "training",
 }
 """Field of a stage -> heading."""
+
+_SAME = 0.001
+"""Seconds that differ by less than this share are called the same."""
 
 WIDTH = 160
 """Columns that every table fits in; given to outputs that are no terminal."""
@@ -37,10 +43,18 @@ def as_text(renderable: RenderableType, width: int = WIDTH) -> str:
     return "\n".join(line.rstrip() for line in lines if line.strip())
 
 
-def plan_report(plan: Plan) -> Group:
-    """Everything about a plan: layers, stages, figures, notes."""
+def plan_report(plan: Plan, cluster: Cluster | None = None) -> Group:
+    """Everything about a plan: layers, stages, memory tiers, figures, notes.
+
+    Args:
+        plan: Decided or given.
+        cluster: What it was made for; without it the tiers' sizes are unknown and their table is left out.
+    """
     notes = [Text(f"• {note}") for note in plan.notes]
-    return Group(Text(_title(plan), style="bold"), layer_table(plan), stage_table(plan), summary(plan), *notes)
+    tables = [layer_table(plan), stage_table(plan)]
+    if cluster is not None:
+        tables.append(tier_table(plan, cluster))
+    return Group(Text(_title(plan), style="bold"), *tables, summary(plan), *notes)
 
 
 def layer_table(plan: Plan) -> Table:
@@ -49,7 +63,7 @@ def layer_table(plan: Plan) -> Table:
     table.add_column("layer")
     for column in ("weights", "activations", "KV cache", "buffers", "total"):
         table.add_column(column, justify="right")
-    keys = [(_kind(layer.name), dataclasses.astuple(layer)[1:]) for layer in plan.layers]
+    keys = [(_kind(layer.name), dataclasses.replace(layer, name="", block=None)) for layer in plan.layers]
     for first, last in _equal_neighbours(keys):
         layer = plan.layers[first]
         name = _compressed([layer.name for layer in plan.layers[first : last + 1]]) + (", each" if last > first else "")
@@ -64,11 +78,20 @@ def layer_table(plan: Plan) -> Table:
     return table
 
 
-def stage_table(plan: Plan) -> Table:
-    """A row per stage: layers, memory by kind, share of the usable memory, working set, tier, seconds.
+def stage_table(plan: Plan, marks: Mapping[int, str] = MappingProxyType({})) -> Table:
+    """A row per stage: layers, memory by kind, share of the usable memory, working set, tier and its hits, seconds.
 
     Equal neighbours share a row; columns that say nothing (no KV cache, one kind of device) are left out.
+
+    Args:
+        plan: Decided or given.
+        marks: What is wrong with some stages, by position, beside those that exceed their device's memory.
     """
+    wrong = {
+        position: "does not fit"
+        for position, stage in enumerate(plan.stages)
+        if stage.memory_bytes > stage.capacity_bytes
+    } | dict(marks)
     table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.add_column("stage", justify="right", no_wrap=True)
     table.add_column("layers", no_wrap=True)
@@ -82,12 +105,12 @@ def stage_table(plan: Plan) -> Table:
     ]
     for heading in (*(_KINDS[kind] for kind in kinds), "memory"):
         table.add_column(heading, justify="right", no_wrap=True)
-    for heading in ("used", "working set", "tier", "time"):
+    has_hits = any(stage.hit_fraction for stage in plan.stages)
+    for heading in ("used", "working set", "tier", *(["hits"] if has_hits else []), "time"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)
-    for first, last in _equal_neighbours([_key(stage) for stage in plan.stages]):
+    for first, last in _equal_neighbours([(_key(stage), wrong.get(i)) for i, stage in enumerate(plan.stages)]):
         stage = plan.stages[first]
-        over = stage.memory_bytes > stage.capacity_bytes
         slowest = max(plan.stage_seconds[first : last + 1]) == plan.bottleneck_seconds
         table.add_row(
             str(first) if first == last else f"{first} .. {last}",
@@ -98,35 +121,105 @@ def stage_table(plan: Plan) -> Table:
             f"{stage.memory_bytes / stage.capacity_bytes:.1%}",
             format_bytes(stage.working_set_bytes),
             stage.tier,
+            *([f"{stage.hit_fraction:.1%}"] if has_hits else []),
             format_seconds(stage.seconds),
-            "<- does not fit" if over else "<- slowest" if slowest else "",
-            style="bold red" if over else None,
+            f"<- {wrong[first]}" if first in wrong else "<- slowest" if slowest else "",
+            style="bold red" if first in wrong else None,
         )
     return table
 
 
+def tier_table(plan: Plan, cluster: Cluster) -> Table:
+    """A row per stage: its working set as a share of each memory tier's usable bytes, and what the first tier serves.
+
+    Args:
+        plan: Decided or given.
+        cluster: What it was made for.
+    """
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for heading in ("stage", "working set"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    names = list(dict.fromkeys(tier.name for device in cluster.devices for tier in device.tiers))
+    for name in names:
+        table.add_column(f"of {name}", justify="right", no_wrap=True)
+    for heading in ("hits", "DRAM/token", "time", "all in the first tier"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    tokens = plan.workload.chosen_micro_batch * plan.workload.tokens_per_sequence
+    rows = []
+    for stage, device in zip(plan.stages, cluster.devices, strict=True):
+        usable = {tier.name: tier.usable_bytes for tier in device.tiers}
+        missed = stage.traffic_bytes * (1 - stage.hit_fraction) * plan.tensor_parallel / tokens
+        rows.append(
+            (
+                format_bytes(stage.working_set_bytes),
+                *(_share(stage.working_set_bytes, usable[name]) if name in usable else "" for name in names),
+                f"{stage.hit_fraction:.1%}",
+                format_bytes(missed),
+                format_seconds(stage.seconds),
+                format_seconds(stage.resident_seconds + stage.transfer_seconds),
+            )
+        )
+    for first, last in _equal_neighbours(rows):
+        table.add_row(str(first) if first == last else f"{first} .. {last}", *rows[first])
+    return table
+
+
+def _share(num_bytes: int, usable_bytes: int) -> str:
+    share = num_bytes / usable_bytes if usable_bytes else float("inf")
+    return f"{share:.1%}" if share < 9.995 else f"{share:,.3g} x" if share < 999.5 else f"{share:,.0f} x"
+
+
 def summary(plan: Plan) -> Text:
-    """Bottleneck, bound, throughput in one paragraph."""
-    gap = plan.bottleneck_seconds / plan.lower_bound_seconds - 1 if plan.lower_bound_seconds else 0.0
+    """Bottleneck, bounds, what a uniform split gives, throughput: each figure with what is proven about it."""
+    workload = plan.workload
     lines = [
         f"bottleneck   {format_seconds(plan.bottleneck_seconds)} per micro-batch{_claim(plan)}",
-        f"lower bound  {format_seconds(plan.lower_bound_seconds)}, the heaviest layer or all work spread evenly "
-        f"({gap:+.1%})",
+        f"lower bound  {format_seconds(plan.lower_bound_seconds)}, the heaviest layer or all work spread evenly"
+        + (f"; the bottleneck is {plan.gap:.1%} above it" if plan.lower_bound_seconds else ""),
+        f"uniform      {_uniform(plan)}",
         f"throughput   {plan.tokens_per_second:,.0f} tokens/s predicted; "
-        f"{plan.num_micro_batches} micro-batches of {plan.workload.chosen_micro_batch}, "
+        f"{plan.num_micro_batches} micro-batches of {workload.chosen_micro_batch}, "
         f"bubble {plan.bubble_fraction:.1%}, whole batch {format_seconds(plan.makespan_seconds)}",
+        f"traffic      {format_bytes(plan.dram_bytes_per_token)} per token from beyond the first memory tier",
         f"boundaries   {list(plan.boundaries)}",
     ]
     return Text("\n".join(lines))
 
 
 def _claim(plan: Plan) -> str:
-    """What is proven about the plan."""
-    if plan.objective == "memory":
-        used = max(stage.memory_bytes / stage.capacity_bytes for stage in plan.stages)
-        return f"; the fullest device is {used:.1%} full, proven to be the least possible"
-    tiers = sorted({stage.tier for stage in plan.stages})
-    return f", proven to be the least with every stage in {' or '.join(tiers)}" if plan.objective else ""
+    """What is proven about the plan; nothing if its boundaries were given."""
+    if plan.objective is None:
+        return ""
+    among = "all partitions"
+    if plan.constraints.given:
+        among += f" with {plan.constraints.as_text()}"
+    if plan.objective == "throughput":
+        return f", proven least of {among} (the search is exact)"
+    what = {
+        "latency": f"latency {format_seconds(plan.latency_seconds)}, proven least",
+        "sequences": f"room for {plan.max_sequences or 0:,} sequences, proven most",
+        "memory": f"the fullest device is {plan.memory_share:.1%} full, proven least",
+    }
+    return f"; {what[plan.objective]} of {among} (the search is exact)"
+
+
+def _uniform(plan: Plan) -> str:
+    """What equally many layers per stage would give."""
+    uniform, now = plan.uniform_seconds, plan.bottleneck_seconds
+    if uniform is None:
+        return "equally many layers per stage do not fit the memory"
+    gain = uniform / now - 1 if now else 0.0
+    split = f"{format_seconds(uniform)} with equally many layers per stage"
+    if plan.objective != "throughput":
+        return split
+    if gain > _SAME:
+        return f"{split}, {gain:.1%} more than the plan"
+    if gain < -_SAME:
+        return f"{split}, but that breaks a constraint"
+    if plan.constraints.given and plan.boundaries != uniform_boundaries(len(plan.layers), plan.num_stages):
+        return f"{split}: the same, if it keeps to the constraints"
+    more = f" ({gain:.2%})" if gain > 0 else ""
+    return f"{split}: uniform is already optimal, nothing to gain{more}"
 
 
 def _title(plan: Plan) -> str:

@@ -9,10 +9,13 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from lp_plugin.errors import WorkloadError
+from lp_plugin.quantity import shown
 
-__all__ = ["Phase", "Workload"]
+__all__ = ["Phase", "Workload", "micro_batch_candidates"]
 
 Phase = Literal["prefill", "decode", "train"]
+
+_LARGEST = 10**9  # sequences, tokens or replicas: more is a slip of the keyboard
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,15 +43,33 @@ class Workload:
     micro_batch: int | None = None
     """Sequences per micro-batch; None lets the planner choose."""
 
+    checkpointing: bool = False
+    """Training: keep only each layer's input for the backward pass and compute its inside again."""
+
+    zero_stage: int = 0
+    """Training: 1 spreads the Adam states over ``data_parallel`` replicas (ZeRO stage 1); 0 does not."""
+
+    data_parallel: int = 1
+    """Training: replicas of the whole pipeline, each with a batch of its own."""
+
     def __post_init__(self) -> None:
-        if self.phase not in get_args(Phase):
-            raise WorkloadError(f"phase is {self.phase!r}; it must be one of {', '.join(get_args(Phase))}.")
-        for name in ("batch", "sequence", "micro_batch"):
+        if not isinstance(self.phase, str) or self.phase not in get_args(Phase):
+            raise WorkloadError(f"phase is {shown(self.phase)}; it must be one of {', '.join(get_args(Phase))}.")
+        for name in ("batch", "sequence", "micro_batch", "data_parallel"):
             value = getattr(self, name)
             if name == "micro_batch" and value is None:
                 continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise WorkloadError(f"{name} is {value!r}; it must be a whole number of at least 1.")
+            if not _is_whole(value) or not 1 <= value <= _LARGEST:
+                raise WorkloadError(f"{name} is {shown(value)}; it must be a whole number of 1 to {_LARGEST:,}.")
+        if not _is_whole(self.zero_stage) or self.zero_stage not in {0, 1}:
+            raise WorkloadError(f"zero_stage is {shown(self.zero_stage)}; a pipeline takes 0 or 1.")
+        if not isinstance(self.checkpointing, bool):
+            raise WorkloadError(f"checkpointing is {shown(self.checkpointing)}; it must be True or False.")
+        if self.phase != "train" and (self.checkpointing or self.zero_stage or self.data_parallel > 1):
+            raise WorkloadError(
+                f"checkpointing, zero_stage and data_parallel belong to training, but the phase is {self.phase}; "
+                "leave them out, or plan for train."
+            )
         if self.micro_batch is not None and self.micro_batch > self.batch:
             raise WorkloadError(
                 f"micro_batch is {self.micro_batch}, more than the batch of {self.batch}; "
@@ -90,3 +111,18 @@ class Workload:
         """SHA-256 of all fields, in hexadecimal."""
         text = json.dumps(dataclasses.asdict(self), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
+
+
+def micro_batch_candidates(workload: Workload) -> list[int]:
+    """Micro-batch sizes worth planning, smallest first: powers of two up to the batch, and the batch itself.
+
+    Only the given one if the workload has chosen.
+    """
+    if workload.micro_batch is not None:
+        return [workload.micro_batch]
+    powers = [1 << exponent for exponent in range(workload.batch.bit_length())]
+    return sorted({*powers, workload.batch})
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -8,9 +8,13 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from lp_plugin import Cluster, Device, LayerCost, ModelProfile, Workload
+from plain_stages import PlainStage, PlainStages
+
+from lp_plugin import Cluster, Device, ModelProfile, Workload
+from lp_plugin.objective import Constraints
 
 INFINITE = float("inf")
+NO_CONSTRAINTS = Constraints()
 
 
 def all_cuts(num_layers: int, num_stages: int) -> Iterator[tuple[int, ...]]:
@@ -19,21 +23,22 @@ def all_cuts(num_layers: int, num_stages: int) -> Iterator[tuple[int, ...]]:
         yield (0, *inner, num_layers)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class Best:
-    """What trying every partition finds."""
+    """A partition, as partitions are compared: the smallest is the best."""
 
     bottleneck: float
-    squares: float
-    """Least sum of squared stage costs among the partitions with the least bottleneck."""
-    boundaries: tuple[tuple[int, ...], ...]
-    """All partitions with the least bottleneck and the least sum of squares."""
+    """Cost of the most expensive stage."""
+    spread: float
+    """What that is above the cheapest."""
+    boundaries: tuple[int, ...]
 
 
 def brute_force(
     num_layers: int,
     num_stages: int,
     cost: Callable[[int, int, int], float | None],
+    total_limit: float = INFINITE,
 ) -> Best | None:
     """Tries every partition; ``cost(stage, start, stop)`` is None where the stage can't hold the run."""
     known = {
@@ -42,15 +47,40 @@ def brute_force(
         for start in range(num_layers)
         for stop in range(start + 1, num_layers + 1)
     }
-    found: list[tuple[float, float, tuple[int, ...]]] = []
+    found: list[Best] = []
     for bounds in all_cuts(num_layers, num_stages):
         costs = [known[stage, bounds[stage], bounds[stage + 1]] for stage in range(num_stages)]
-        if None not in costs:
-            found.append((max(costs), sum(value**2 for value in costs), bounds))
-    if not found:
+        if None not in costs and sum(costs) <= total_limit:
+            found.append(Best(max(costs), max(costs) - min(costs), bounds))
+    return min(found, default=None)
+
+
+def by_layer(
+    num_layers: int, num_stages: int, cost: Callable[[int, int, int], float | None]
+) -> tuple[float, float] | None:
+    """Least bottleneck, and the most that the cheapest stage can cost with it: a program over all runs.
+
+    Takes layers and stages one by one, so that it needs no trick and no array.
+    """
+
+    def best(choose: Callable[..., float], combine: Callable[..., float], none: float, bound: float) -> float:
+        reached = [none if stop else combine() for stop in range(num_layers + 1)]
+        for stage in range(num_stages):
+            following = [none] * (num_layers + 1)
+            for start in range(stage, num_layers):
+                if reached[start] == none:
+                    continue
+                for stop in range(start + 1, num_layers + 1):
+                    value = cost(stage, start, stop)
+                    if value is not None and value <= bound:
+                        following[stop] = choose(following[stop], combine(reached[start], value))
+            reached = following
+        return reached[num_layers]
+
+    bottleneck = best(min, lambda *costs: max(costs, default=0.0), INFINITE, INFINITE)
+    if bottleneck == INFINITE:
         return None
-    bottleneck, squares, _ = min(found)
-    return Best(bottleneck, squares, tuple(bounds for *key, bounds in found if key == [bottleneck, squares]))
+    return bottleneck, best(max, lambda *costs: min(costs, default=INFINITE), -INFINITE, bottleneck)
 
 
 def parametric_search(weights: Sequence[int], num_stages: int) -> int:
@@ -116,158 +146,77 @@ def simulate(stage_seconds: Sequence[float], num_micro_batches: int, rounds: int
     return visits
 
 
-def count_pairs(sequence: int, window: int | None, phase: str) -> int:
-    """(query, key) pairs of one sequence, counted one by one."""
-    queries = [sequence - 1] if phase == "decode" else range(sequence)
-    count = 0
-    for query in queries:
-        for key in range(sequence):
-            if key <= query and (window is None or query - key < window):
-                count += 1
-    return count
+@dataclass(frozen=True, order=True)
+class BestPlan:
+    """The best partition for an objective; the smallest is the best."""
+
+    value: float
+    """What the objective makes smallest."""
+    bottleneck: float
+    spread: float
+    boundaries: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class PlainStage:
-    """One stage's cost, by kind."""
-
-    compute_seconds: float
-    transfer_seconds: float
-    weight_bytes: float
-    kv_bytes: float
-    activation_bytes: float
-    buffer_bytes: float
-    training_bytes: float
-    working_set_bytes: float
-    tier: int
-
-    @property
-    def seconds(self) -> float:
-        return self.compute_seconds + self.transfer_seconds
-
-    @property
-    def memory_bytes(self) -> float:
-        kinds = (self.weight_bytes, self.kv_bytes, self.activation_bytes, self.buffer_bytes, self.training_bytes)
-        return sum(kinds)
+def best_plan(
+    stage: PlainStages, objective: str = "throughput", constraints: Constraints = NO_CONSTRAINTS
+) -> BestPlan | None:
+    """Every partition tried; None if none is within the memory and the constraints."""
+    ranked = []
+    for bounds in all_cuts(stage.profile.num_layers, len(stage.cluster.devices)):
+        stages = [stage(position, *run) for position, run in enumerate(itertools.pairwise(bounds))]
+        if within(stage, stages, constraints):
+            ranked.append(_ranked(stage, stages, bounds, objective))
+    return min(ranked, default=None)
 
 
-def plain_stage(
-    profile: ModelProfile, cluster: Cluster, workload: Workload, position: int, start: int, stop: int
-) -> PlainStage:
-    """Seconds and bytes of layers ``start .. stop - 1`` on device ``position``, layer by layer."""
-    device = cluster.devices[position]
-    last = len(cluster.devices) - 1
-    train, decode = workload.phase == "train", workload.phase == "decode"
-    micro_batch, batch = workload.micro_batch, workload.batch
-    tokens = micro_batch * (1 if decode else workload.sequence)
-    layers = profile.layers[start:stop]
+def _ranked(stage: PlainStages, stages: list[PlainStage], bounds: tuple[int, ...], objective: str) -> BestPlan:
+    seconds = [plain.seconds for plain in stages]
+    values = {
+        "throughput": max(seconds),
+        "latency": sum(seconds),
+        "sequences": -min(plain.room for plain in stages),
+        "memory": max(
+            plain.memory_bytes / device.memory.usable_bytes
+            for plain, device in zip(stages, stage.cluster.devices, strict=True)
+        ),
+    }
+    return BestPlan(values[objective], max(seconds), max(seconds) - min(seconds), bounds)
 
-    in_and_out, largest_buffer = 0.0, 0.0
-    for index in range(start, stop):
-        arriving = profile.layers[index - 1].output_bytes_per_token if index else profile.input_bytes_per_token
-        leaving = profile.layers[index].output_bytes_per_token
-        in_and_out = max(in_and_out, (arriving + leaving) * tokens)
-        largest_buffer = max(largest_buffer, profile.layers[index].buffer_bytes_per_token * tokens)
 
-    weights, cache, touched, state, waiting = 0.0, 0.0, 0.0, 0.0, 0.0
-    seen: set[str] = set()
-    for layer in layers:
-        weights += layer.weight_bytes
-        again = layer.shared_bytes if layer.shared_key in seen else 0
-        weights -= again
-        if layer.shared_key is not None:
-            seen.add(layer.shared_key)
-        kept = _kept_per_sequence(layer, workload)
-        cache += kept * batch
-        touched += layer.weight_traffic_bytes + kept * micro_batch
-        if train:
-            adam = 8 if profile.dtype == "float32" else 12  # two moments, and master weights beside 16 bit
-            element = 4 if profile.dtype == "float32" else 2
-            state += layer.weight_bytes - again + adam * (layer.parameters - again / element)
-            waiting += (layer.output_bytes_per_token + layer.buffer_bytes_per_token) * tokens
-    micro_batches = len(range(0, batch, micro_batch))
-    in_flight = min(last + 1 - position, micro_batches) if train else 0
-
-    working_set = touched + in_and_out + largest_buffer
-    tier = len(device.tiers) - 1
-    while tier > 0 and working_set <= device.tiers[tier - 1].usable_bytes:
-        tier -= 1
-
-    transfers = 0.0
-    if position > 0:
-        arriving = profile.layers[start - 1].output_bytes_per_token if start else profile.input_bytes_per_token
-        transfers += cluster.links[position - 1].seconds(arriving * tokens)
-    if position < last:
-        transfers += cluster.links[position].seconds(profile.layers[stop - 1].output_bytes_per_token * tokens)
-
-    return PlainStage(
-        compute_seconds=sum(_layer_seconds(profile, layer, device, tier, workload) for layer in layers),
-        transfer_seconds=transfers * (2 if train else 1),
-        weight_bytes=weights,
-        kv_bytes=cache,
-        activation_bytes=in_and_out + in_flight * waiting,
-        buffer_bytes=in_and_out + largest_buffer,
-        training_bytes=state,
-        working_set_bytes=working_set,
-        tier=tier,
+def within(stage: PlainStages, stages: list[PlainStage], constraints: Constraints) -> bool:
+    """Whether a partition fits the memory and keeps to the constraints."""
+    latency = constraints.max_latency_seconds
+    return (
+        all(_holds(plain, device, constraints) for plain, device in zip(stages, stage.cluster.devices, strict=True))
+        and (latency is None or sum(plain.seconds for plain in stages) <= latency)
+        and _is_fast([plain.seconds for plain in stages], stage.workload, constraints.min_tokens_per_second)
     )
 
 
-def _kept_per_sequence(layer: LayerCost, workload: Workload) -> int:
-    if workload.phase != "decode":
-        return 0
-    kept = workload.sequence if layer.window is None else min(layer.window, workload.sequence)
-    return layer.kv_bytes_per_token * kept
-
-
-def _layer_seconds(profile: ModelProfile, layer: LayerCost, device: Device, tier: int, workload: Workload) -> float:
-    train = workload.phase == "train"
-    if layer.seconds is not None:
-        backward = 2 * layer.seconds if layer.backward_seconds is None else layer.backward_seconds
-        return layer.seconds + (backward if train else 0)
-    micro_batch = workload.micro_batch
-    tokens = micro_batch * (1 if workload.phase == "decode" else workload.sequence)
-    passes = 3 if train else 1
-    products = layer.flops_per_token * tokens
-    products += layer.flops_per_pair * micro_batch * count_pairs(workload.sequence, layer.window, workload.phase)
-    moved = layer.weight_traffic_bytes + layer.traffic_bytes_per_token * tokens
-    moved += _kept_per_sequence(layer, workload) * micro_batch
-    return max(
-        passes * products / (dict(device.peak_flops)[profile.dtype] * device.compute_efficiency),
-        passes * moved / (device.tiers[tier].bandwidth_bytes_per_second * device.tiers[tier].bandwidth_efficiency),
-        device.layer_overhead_seconds if layer.kind == "block" else 0.0,
+def _holds(plain: PlainStage, device: Device, constraints: Constraints) -> bool:
+    most, room, tier = constraints.max_memory_bytes, constraints.min_sequences, constraints.tier
+    return (
+        plain.memory_bytes <= device.memory.usable_bytes
+        and (most is None or plain.memory_bytes <= most)
+        and (room is None or plain.room >= room)
+        and (tier is None or plain.tier <= [level.name for level in device.tiers].index(tier))
     )
 
 
-def best_plan(profile: ModelProfile, cluster: Cluster, workload: Workload) -> Best | None:
-    """The least bottleneck in the fastest tier that has a partition, every partition tried."""
-    cache: dict[tuple[int, int, int], PlainStage] = {}
-
-    def stage(position: int, start: int, stop: int) -> PlainStage:
-        key = (position, start, stop)
-        if key not in cache:
-            cache[key] = plain_stage(profile, cluster, workload, position, start, stop)
-        return cache[key]
-
-    for slowest in range(max(len(device.tiers) for device in cluster.devices)):
-
-        def cost(position: int, start: int, stop: int, slowest: int = slowest) -> float | None:
-            costs = stage(position, start, stop)
-            fits = costs.memory_bytes <= cluster.devices[position].memory.usable_bytes and costs.tier <= slowest
-            return costs.seconds if fits else None
-
-        best = brute_force(profile.num_layers, len(cluster.devices), cost)
-        if best is not None:
-            return best
-    return None
+def _is_fast(seconds: list[float], workload: Workload, tokens_per_second: float | None) -> bool:
+    slowest = len(range(0, workload.batch, workload.micro_batch)) * max(seconds)
+    if workload.phase == "decode":  # a micro-batch's next token waits for its own way through all stages
+        slowest = max(slowest, sum(seconds))
+    tokens = workload.batch * (1 if workload.phase == "decode" else workload.sequence)
+    return tokens_per_second is None or not slowest or tokens / slowest >= tokens_per_second
 
 
 def emptiest_share(profile: ModelProfile, cluster: Cluster, workload: Workload) -> float:
     """Share of the memory that the fullest device uses at least, every partition tried."""
+    stage = PlainStages(profile, cluster, workload)
 
     def share(position: int, start: int, stop: int) -> float:
-        costs = plain_stage(profile, cluster, workload, position, start, stop)
-        return costs.memory_bytes / cluster.devices[position].memory.usable_bytes
+        return stage(position, start, stop).memory_bytes / cluster.devices[position].memory.usable_bytes
 
     best = brute_force(profile.num_layers, len(cluster.devices), share)
     return INFINITE if best is None else best.bottleneck

@@ -32,23 +32,37 @@ def layers(draw: st.DrawFn, index: int, shared: int) -> LayerCost:
     """A layer of any kind, with or without measured seconds, some of them sharing weights."""
     key = draw(st.sampled_from([None, None, "tied"])) if shared else None
     size = 2  # of an element, as in `profiles`
-    parameters = draw(COUNTS) + (shared if key else 0)
+    num_experts, experts_per_token = draw(st.sampled_from([(0, 0), (0, 0), (2, 1), (4, 2), (4, 4)]))
+    expert = draw(st.integers(1, 9)) * num_experts
+    parameters = draw(COUNTS) + expert + (shared if key else 0)
     seconds = draw(st.sampled_from([None, None, None, 3.0, 8.0]))
     return LayerCost(
         name=f"layer {index}",
-        kind=draw(st.sampled_from(["embedding", "block", "norm", "head", "layer"])),
+        kind=draw(st.sampled_from(["embedding", "block", "attention", "mlp", "norm", "head", "layer"])),
+        block=draw(st.none() | st.just(index)),
         parameters=parameters,
         weight_bytes=parameters * size,
         shared_key=key,
         shared_bytes=shared * size if key else 0,
-        weight_traffic_bytes=draw(st.sampled_from([0, parameters * size])),
+        weight_traffic_bytes=draw(st.sampled_from([0, (parameters - expert) * size])),
         traffic_bytes_per_token=draw(COUNTS),
         flops_per_token=draw(COUNTS),
         flops_per_pair=draw(COUNTS),
+        flops_per_cross_pair=draw(st.sampled_from([0, 0, 3])),
         window=draw(st.none() | st.integers(1, 6)),
-        output_bytes_per_token=draw(COUNTS),
-        buffer_bytes_per_token=draw(COUNTS),
+        causal=draw(st.sampled_from([True, True, False])),
+        runs_once=draw(st.sampled_from([False, False, False, True])),
+        output_bytes_per_token=draw(COUNTS | st.just(0.25)),
+        buffer_bytes_per_token=draw(COUNTS | st.just(0.5)),
         kv_bytes_per_token=draw(COUNTS),
+        kv_window=draw(st.none() | st.integers(1, 6)),
+        expert_bytes=expert * size,
+        expert_parameters=expert,
+        num_experts=num_experts,
+        experts_per_token=experts_per_token,
+        saved_bytes_per_token=draw(COUNTS | st.just(2.5)),
+        num_all_reduces=draw(st.integers(0, 2)),
+        all_reduce_bytes_per_token=float(draw(COUNTS)),
         seconds=seconds,
         backward_seconds=draw(st.sampled_from([None, 5.0])) if seconds else None,
     )
@@ -77,6 +91,7 @@ def links(draw: st.DrawFn) -> Link:
         latency_seconds=latency,
         bandwidth_bytes_per_second=bandwidth,
         bandwidth_efficiency=draw(FRACTIONS),
+        collective_efficiency=draw(FRACTIONS),
     )
 
 
@@ -108,25 +123,42 @@ def devices(draw: st.DrawFn, *, max_tiers: int = 3, roomy: bool = False) -> Devi
 
 @st.composite
 def clusters(
-    draw: st.DrawFn, *, max_devices: int = 4, max_tiers: int = 3, equal: bool = False, roomy: bool = False
+    draw: st.DrawFn,
+    *,
+    max_devices: int = 4,
+    max_tiers: int = 3,
+    equal: bool = False,
+    roomy: bool = False,
+    groups: bool = False,
 ) -> Cluster:
-    """Clusters of equal or unequal devices and links."""
+    """Clusters of equal or unequal devices and links; with ``groups`` a stage may be a group of devices."""
     count = draw(st.integers(1, max_devices))
     device = devices(max_tiers=max_tiers, roomy=roomy)
     if equal:
         return Cluster.homogeneous(draw(device), count, draw(links()))
     chosen = draw(st.lists(device, min_size=count, max_size=count))
     wires = draw(st.lists(links(), min_size=count - 1, max_size=count - 1))
-    return Cluster(devices=tuple(chosen), links=tuple(wires))
+    size = draw(st.sampled_from([1, 2, 4])) if groups else 1
+    inner = draw(st.lists(links(), min_size=count, max_size=count)) if size > 1 else []
+    return Cluster(devices=tuple(chosen), links=tuple(wires), group_size=size, group_links=tuple(inner))
 
 
 @st.composite
 def workloads(draw: st.DrawFn, *, phase: str | None = None, cut: bool = True, max_batch: int = 8) -> Workload:
     """Small workloads; the micro-batch chosen if ``cut``, else left open."""
     batch = draw(st.integers(1, max_batch))
+    chosen = phase or draw(PHASES)
+    training = {}
+    if chosen == "train":
+        training = {
+            "checkpointing": draw(st.booleans()),
+            "zero_stage": draw(st.integers(0, 1)),
+            "data_parallel": draw(st.sampled_from([1, 3, 4])),
+        }
     return Workload(
-        phase=phase or draw(PHASES),
+        phase=chosen,
         batch=batch,
         sequence=draw(st.integers(1, 8)),
         micro_batch=draw(st.integers(1, batch)) if cut else None,
+        **training,
     )

@@ -25,7 +25,7 @@ from lp_plugin import (
     WorkloadError,
     make_plan,
 )
-from lp_plugin.strategy import micro_batch_candidates
+from lp_plugin.workload import micro_batch_candidates
 
 DENSE16 = Path(__file__).parent.parent / "examples" / "dense16"
 REFERENCE = Workload(batch=1024, sequence=10_000)

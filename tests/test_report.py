@@ -6,14 +6,14 @@ import dataclasses
 from pathlib import Path
 
 import pytest
-from test_solve import FREE, device
+from small_cases import FREE, ONE, chain, device
 
-from lp_plugin import Cluster, MemoryTier, ModelProfile, Plan, Workload, make_plan
-from lp_plugin.report import as_text, layer_table, plan_report, stage_table, summary
+from lp_plugin import Cluster, LayerCost, ModelProfile, Plan, Workload, make_plan
+from lp_plugin.objective import Constraints
+from lp_plugin.report import as_text, layer_table, plan_report, stage_table, summary, tier_table
 from lp_plugin.solve import evaluate
 
 DENSE16 = Path(__file__).parent.parent / "examples" / "dense16"
-ONE = Workload(batch=1, sequence=1, micro_batch=1)
 
 
 def report(plan: Plan) -> str:
@@ -41,10 +41,11 @@ def test_the_stage_table_of_the_reference(reference: Plan) -> None:
     assert "training" not in text
     assert "device" not in text
     assert text.count("<- slowest") == 1
-    first, middle, last = text.splitlines()[-3:]
-    assert middle.split()[:3] == ["1", "..", "14"]
-    assert middle.endswith("<- slowest")
-    assert (first.split()[0], last.split()[0]) == ("0", "15")
+    assert "hits" not in text  # nothing is served by L2
+    rows = text.splitlines()[-5:]
+    assert [row.split()[0] for row in rows] == ["0", "1", "7", "9", "15"]
+    assert rows[2].split()[:3] == ["7", "..", "8"]  # at the network between the nodes
+    assert rows[2].endswith("<- slowest")
 
 
 def test_the_summary_of_the_reference(reference: Plan) -> None:
@@ -97,28 +98,135 @@ def test_any_name_can_be_shown(name: str) -> None:
     assert "".join(name.split())[:20] in "".join(text.split())
 
 
+def test_marks_are_shown_and_part_equal_stages() -> None:
+    profile = ModelProfile.from_costs([1, 1, 1], weight_bytes=[1, 1, 1])
+    plan = evaluate(profile, Cluster.homogeneous(device(100), 3, FREE), ONE, [0, 1, 2, 3])
+    assert len(as_text(stage_table(plan)).splitlines()) == 3
+    *_, first, second = as_text(stage_table(plan, {0: "too slow", 1: "too slow"})).splitlines()
+    assert first.split()[:3] == ["0", "..", "1"]
+    assert first.endswith("<- too slow")
+    assert second.endswith("<- slowest")
+
+
 def two_tiers() -> Cluster:
-    base = device(1000)
-    fast = MemoryTier(name="fast", capacity_bytes=31, bandwidth_bytes_per_second=100.0)
-    return Cluster.homogeneous(dataclasses.replace(base, tiers=(fast, *base.tiers)), 2, FREE)
+    return Cluster.homogeneous(device(50, 1000), 2, FREE)
 
 
-def test_a_bottleneck_is_called_least_only_if_no_partition_is_faster() -> None:
-    """[1, 1, 1 | 9] takes 9 s, but 32 bytes don't fit the fast tier; [1, 1 | 1, 9] takes 10 s and does."""
-    profile = ModelProfile.from_costs([1, 1, 1, 9], weight_bytes=[30, 1, 1, 1])
+def test_hits_are_shown_where_there_are_any() -> None:
+    plan = make_plan(ModelProfile.from_costs([1, 2], weight_bytes=[20, 80]), two_tiers(), ONE)
+    text = as_text(stage_table(plan))
+    assert "hits" in text
+    fast, slow = text.splitlines()[-2:]
+    assert fast.split()[-4:] == ["tier0", "100.0%", "1.00", "s"]
+    assert "0.0%" in slow.split()
+
+
+def test_the_tier_table_sets_working_sets_against_every_tier() -> None:
+    layers = tuple(
+        LayerCost(name=f"block {i}", kind="block", weight_bytes=size, weight_traffic_bytes=size)
+        for i, size in enumerate((20, 80))
+    )
+    profile = ModelProfile(name="two", layers=layers, dtype="float16", input_bytes_per_token=0.0)
     plan = make_plan(profile, two_tiers(), ONE)
-    best = evaluate(profile, two_tiers(), ONE, [0, 3, 4]).bottleneck_seconds
-    assert best == 9
-    assert plan.bottleneck_seconds == 10
-    assert "least with every stage in fast" in str(summary(plan))
-    assert any("[0, 3, 4] leave it" in note and "9.00 s" in note for note in plan.notes)
+    fast, slow = as_text(tier_table(plan, two_tiers())).splitlines()[-2:]
+    assert fast.split() == ["0", "20", "B", "40.0%", "2.0%", "100.0%", "0", "B", "2.50", "s", "2.50", "s"]
+    assert slow.split() == ["1", "80", "B", "160.0%", "8.0%", "0.0%", "80", "B", "20.0", "s", "10.0", "s"]
+    assert plan.dram_bytes_per_token == 80
 
 
-def test_a_bottleneck_is_called_least_only_if_it_was_the_objective() -> None:
+def test_the_tier_table_of_the_reference(reference: Plan) -> None:
+    cluster = Cluster.homogeneous("h100-sxm", 16)
+    text = as_text(tier_table(reference, cluster))
+    assert text.splitlines()[0].split()[:7] == ["stage", "working", "set", "of", "l2", "of", "hbm"]
+    stage = reference.stages[1]
+    assert f"{stage.working_set_bytes / 33e6:.3g} x" in text
+    assert f"{stage.working_set_bytes / 72e9:.1%}" in text
+    assert " ".join(text.split()) in " ".join(as_text(plan_report(reference, cluster)).split())
+
+
+def test_tiers_that_some_devices_lack_are_left_blank() -> None:
+    other = dataclasses.replace(device(1000), name="other")
+    cluster = Cluster(devices=(device(50, 1000), other), links=(FREE,))
+    plan = make_plan(ModelProfile.from_costs([1, 1], weight_bytes=[500, 500]), cluster, ONE)
+    first, second = as_text(tier_table(plan, cluster)).splitlines()[-2:]
+    assert first.split()[3:6] == ["10", "x", "50.0%"]
+    assert second.split()[3] == "50.0%"
+
+
+EVEN = "with equally many layers per stage"
+NO_GAIN = "uniform is already optimal, nothing to gain"
+
+
+def certificate(plan: Plan) -> dict[str, str]:
+    return {line.split("  ")[0]: line.split("  ", 1)[1].strip() for line in str(summary(plan)).splitlines()}
+
+
+def test_what_is_proven_of_each_objective() -> None:
     profile = ModelProfile.from_costs([9, 1, 1, 1], weight_bytes=[10, 10, 10, 10])
     cluster = Cluster.homogeneous(device(1000), 2, FREE)
-    assert "proven to be the least with every stage in" in str(summary(make_plan(profile, cluster, ONE)))
-    assert "least with every stage" not in str(summary(make_plan(profile, cluster, ONE, objective="memory")))
+    end = "of all partitions (the search is exact)"
+    said = {
+        name: certificate(make_plan(profile, cluster, ONE, objective=name))["bottleneck"]  # type: ignore[arg-type]
+        for name in ("throughput", "latency", "memory")
+    }
+    assert said["throughput"] == f"9.00 s per micro-batch, proven least {end}"
+    assert said["latency"] == f"9.00 s per micro-batch; latency 12.0 s, proven least {end}"
+    assert said["memory"] == f"10.0 s per micro-batch; the fullest device is 2.0% full, proven least {end}"
+
+
+def test_room_for_sequences_is_proven_most() -> None:
+    profile = ModelProfile.from_config(DENSE16)
+    workload = Workload(phase="decode", batch=16, sequence=10_000, micro_batch=1)
+    plan = make_plan(profile, Cluster.homogeneous("h100-sxm", 16), workload, objective="sequences")
+    assert "; room for 214 sequences, proven most of all partitions" in certificate(plan)["bottleneck"]
+
+
+def test_a_proof_names_the_constraints() -> None:
+    cluster = Cluster.homogeneous(device(1000), 2, FREE)
+    plan = make_plan(ModelProfile.from_costs([1, 2]), cluster, ONE, constraints=Constraints(max_memory_bytes=99))
+    assert "of all partitions with at most 99 B per device (the search is exact)" in certificate(plan)["bottleneck"]
+
+
+def test_nothing_is_claimed_of_boundaries_that_were_given() -> None:
+    plan = evaluate(ModelProfile.from_costs([1, 1]), Cluster.homogeneous(device(1000), 2, FREE), ONE, [0, 1, 2])
+    assert certificate(plan)["bottleneck"] == "1.00 s per micro-batch"
+    assert certificate(plan)["uniform"] == "1.00 s with equally many layers per stage"
+    assert "proven" not in str(summary(plan))
+    assert "optimal" not in str(summary(plan))
+
+
+def test_the_gap_to_the_lower_bound() -> None:
+    plan = make_plan(chain([2.0, 2.0, 2.0], 0.0), Cluster.homogeneous(device(1000), 2, FREE), ONE)
+    assert certificate(plan)["lower bound"] == (
+        "3.00 s, the heaviest layer or all work spread evenly; the bottleneck is 33.3% above it"
+    )
+
+
+@pytest.mark.parametrize(
+    ("costs", "weights", "limit", "words"),
+    [
+        ([1, 1, 1, 1], [1] * 4, None, f"2.00 s {EVEN}: {NO_GAIN}"),
+        ([5, 1, 1, 1], [1] * 4, None, f"6.00 s {EVEN}, 20.0% more than the plan"),
+        ([1, 1, 1, 1], [900, 900, 50, 50], None, "equally many layers per stage do not fit the memory"),
+        ([2000, 1, 1, 1998], [1] * 4, None, f"33 min 21 s {EVEN}: {NO_GAIN} (0.05%)"),
+        ([1, 1, 1, 1], [60, 60, 1, 1], 100, f"2.00 s {EVEN}, but that breaks a constraint"),
+        ([1, 1, 1, 1], [1] * 4, 100, f"2.00 s {EVEN}: {NO_GAIN}"),
+    ],
+)
+def test_what_a_uniform_split_gives(costs: list[int], weights: list[int], limit: int | None, words: str) -> None:
+    profile = ModelProfile.from_costs(costs, weight_bytes=weights)
+    cluster = Cluster.homogeneous(device(1000), 2, FREE)
+    plan = make_plan(profile, cluster, ONE, constraints=Constraints(max_memory_bytes=limit))
+    assert certificate(plan)["uniform"] == words
+
+
+def test_a_uniform_split_as_fast_as_the_plan_may_still_break_a_constraint() -> None:
+    """[0 | 1 2 3] of 2 s, like [0 1 | 2 3], which takes 120 bytes where 100 are allowed."""
+    profile = ModelProfile.from_costs([1, 1, 0, 1], weight_bytes=[60, 60, 1, 1])
+    cluster = Cluster.homogeneous(device(1000), 2, FREE)
+    plan = make_plan(profile, cluster, ONE, constraints=Constraints(max_memory_bytes=100))
+    assert plan.boundaries == (0, 1, 4)
+    assert certificate(plan)["uniform"].endswith(": the same, if it keeps to the constraints")
 
 
 def test_a_plan_that_costs_nothing_can_be_summed_up() -> None:

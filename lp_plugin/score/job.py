@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from lp_plugin.architecture import read_architecture, read_config
+from lp_plugin.architecture import read_config
 from lp_plugin.errors import (
     DocumentError,
     LpPluginError,
@@ -70,6 +70,7 @@ def prepare(
         InvalidInputError: One of its kinds, for a wrong config, plan, input, number of stages, or missing weights.
     """
     profile = ModelProfile.from_config(directory, dtype=dtype)
+    vocab_size, max_positions = _checked_family(directory, profile)
     plan = _checked_plan(plan_path, profile, num_stages)
     stages = _checked_stages(num_stages if plan is None else plan.num_stages, profile)
     if micro_batch is not None and micro_batch < 1:
@@ -77,8 +78,7 @@ def prepare(
     _check_writable(input_path, output, timeline, report)
     read = read_documents(input_path)
     files = _weight_fingerprint(directory)
-    architecture = read_architecture(read_config(directory), dtype=dtype)
-    documents = tokenize(read, directory, architecture.max_positions, architecture.vocab_size)
+    documents = tokenize(read, directory, max_positions, vocab_size)
     _check_buildable(directory, profile.dtype)
     config = json.dumps(read_config(directory), sort_keys=True)
     identity = "|".join([config, profile.dtype, files, documents.digest])
@@ -89,11 +89,22 @@ def prepare(
         documents=documents,
         plan=plan,
         micro_batch=micro_batch,
-        max_positions=architecture.max_positions,
+        max_positions=max_positions,
         output=Path(output),
         cluster=None if cluster is None else Cluster.parse(cluster).subset(stages),
         digest=hashlib.sha256(identity.encode()).hexdigest(),
     )
+
+
+def _checked_family(directory: str | Path, profile: ModelProfile) -> tuple[int, int]:
+    """Size of the vocabulary and longest row of a model that stages can be built of."""
+    from lp_plugin.integrations.transformers.runnable import check_runnable  # noqa: PLC0415 - looks for torch
+
+    check_runnable(read_config(directory))
+    architecture = profile.architecture
+    if architecture is None or architecture.max_positions is None:
+        raise ModelConfigError(f"{directory} has no limit to the length of a row; documents can't be cut to it.")
+    return architecture.vocab_size, architecture.max_positions
 
 
 def _checked_stages(stages: int | None, profile: ModelProfile) -> int:
@@ -145,6 +156,7 @@ def _checked_plan(path: str | Path | None, profile: ModelProfile, num_stages: in
     if path is None:
         return None
     plan = load_plan(path)
+    _check_runnable(plan, path)
     check_model(plan, profile, path)
     if num_stages is not None and num_stages != plan.num_stages:
         raise PlanFileError(
@@ -159,6 +171,21 @@ def _checked_plan(path: str | Path | None, profile: ModelProfile, num_stages: in
     if plan.workload.phase != "prefill":
         raise PlanFileError(f"{path} was made for {plan.workload.phase}, but scoring is prefill; make a plan for that.")
     return plan
+
+
+def _check_runnable(plan: Plan, path: str | Path) -> None:
+    """Refuses plans that a run can't carry out: whole blocks on single devices, with weights as the model has them."""
+    options = {
+        "--granularity sublayer": any(layer.kind in {"attention", "mlp"} for layer in plan.layers),
+        "--tensor-parallel": plan.tensor_parallel > 1,
+        "--weights": plan.weight_dtype is not None,
+    }
+    for option, used in options.items():
+        if used:
+            raise PlanFileError(
+                f"{path} was made with {option}, which a run can't carry out; make a plan without it, or export it "
+                "to an engine that can."
+            )
 
 
 def _weight_fingerprint(directory: str | Path) -> str:

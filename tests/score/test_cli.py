@@ -227,7 +227,7 @@ def rewrite(model: Path, **changes: Any) -> None:
 def test_unsupported_architecture_lists_those_that_are(refused: Refused, model: Path) -> None:
     rewrite(model, model_type="mixtral", architectures=["MixtralForCausalLM"])
     said = refused()
-    assert "'mixtral' is not supported" in said
+    assert "'mixtral' can be planned, but not run" in said
     assert "gpt2, gpt_neox, llama, mistral, qwen2, qwen3, starcoder2" in said
 
 
@@ -282,6 +282,24 @@ def test_plan_with_other_stages_precision_or_phase(refused: Refused, plans: Path
     assert "has 2 stages, but --stages is 3" in refused("--plan", plans / "own.json", stages=3)
     assert "was made for float16, but the job runs in float32" in refused("--plan", plans / "half.json", stages=None)
     assert "was made for decode" in refused("--plan", plans / "decode.json", stages=None)
+
+
+@pytest.mark.parametrize(
+    ("option", "changes", "shards"),
+    [
+        ("--granularity sublayer", {"granularity": "sublayer"}, 1),
+        ("--weights", {"weight_dtype": "int8"}, 1),
+        ("--tensor-parallel", {}, 2),
+    ],
+)
+def test_plan_that_a_run_can_not_carry_out(
+    refused: Refused, make_model: Callable[..., Path], tmp_path: Path, option: str, changes: Any, shards: int
+) -> None:
+    profile = ModelProfile.from_config(make_model(), **changes).sharded(shards)
+    cluster = Cluster.homogeneous("cpu", 2 * shards).grouped(shards)
+    save_plan(make_plan(profile, cluster, Workload(batch=4, sequence=64)), tmp_path / "plan.json")
+    said = refused("--plan", tmp_path / "plan.json", stages=None)
+    assert f"was made with {option}, which a run can't carry out" in said
 
 
 def test_empty_input(refused: Refused, tmp_path: Path) -> None:

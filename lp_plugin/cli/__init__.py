@@ -1,0 +1,26 @@
+"""The command line: ``lp-plugin plan | explain | score | sweep | export | run | launch | bench``.
+
+Every deliberate error ends with one message and exit code 2.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from lp_plugin.cli.app import app
+from lp_plugin.cli.exchange import export, score
+from lp_plugin.cli.planning import explain, plan
+from lp_plugin.cli.running import bench_planner, launch, run
+from lp_plugin.cli.sweeping import sweep
+from lp_plugin.errors import LpPluginError
+
+__all__ = ["app", "bench_planner", "explain", "export", "launch", "main", "plan", "run", "score", "sweep"]
+
+
+def main() -> None:
+    """Entry point of the ``lp-plugin`` command."""
+    try:
+        app()
+    except LpPluginError as error:
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        raise SystemExit(2) from None

@@ -1,0 +1,240 @@
+"""``lp-plugin plan | score | export`` in this process: what is printed, written and refused."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from lp_plugin import cli, load_plan
+from lp_plugin.integrations.formats import FORMATS
+from lp_plugin.rules import RULES
+
+ROOT = Path(__file__).parents[1]
+REFERENCE = ROOT / "examples" / "dense16"
+LLAMA = ROOT / "examples" / "llama-70b"
+
+Command = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def command(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
+    """Runs ``lp-plugin``; exit code, standard output without line breaks and runs of blanks, standard error."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["lp-plugin", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        code = ended.value.code or 0
+        assert isinstance(code, int)
+        out, err = capfd.readouterr()
+        return code, " ".join(out.split()), err
+
+    return run
+
+
+def planned(command: Command, *options: object, model: Path = REFERENCE, cluster: str = "h100-sxm:16") -> str:
+    code, out, err = command("plan", model, "--cluster", cluster, *options)
+    assert (code, err) == (0, "")
+    return out
+
+
+def refused(command: Command, *arguments: object) -> str:
+    code, _, err = command(*arguments)
+    assert code == 2
+    assert "Traceback" not in err
+    assert err.startswith("error: ")
+    return err
+
+
+WORK = ("--batch", 64, "--sequence", 2048)
+
+
+def test_halves_of_blocks_even_out_12_devices(command: Command, tmp_path: Path) -> None:
+    """24 h^2 a stage for whole blocks, 20 h^2 for halves: 6 x 4 h^2 of attention and 2 x 8 h^2 of MLP."""
+    for granularity, weights in (("layer", 24), ("sublayer", 20)):
+        file = tmp_path / f"{granularity}.json"
+        options = ("--granularity", granularity, "--objective", "memory", "--micro-batch", 1, "-o", file)
+        planned(command, "--batch", 1, "--sequence", 1, *options, cluster="h100-sxm:12")
+        heaviest = max(stage.weight_bytes for stage in load_plan(file).stages)
+        assert round(heaviest / 2 / 8192**2, 1) == weights
+
+
+def test_objectives_and_constraints_reach_the_planner(command: Command, tmp_path: Path) -> None:
+    file = tmp_path / "plan.json"
+    bounds = ("--max-latency", "60 ms", "--min-sequences", 40, "--max-memory", "60 GB", "--min-tokens-per-second", 500)
+    out = planned(
+        command,
+        *("--phase", "decode", "--batch", 32, "--sequence", 10_000),
+        "--objective",
+        "sequences",
+        *bounds,
+        "-o",
+        file,
+    )
+    plan = load_plan(file)
+    assert plan.objective == "sequences"
+    assert plan.latency_seconds <= 0.06
+    assert plan.max_sequences is not None
+    assert plan.max_sequences >= 40
+    assert max(stage.memory_bytes for stage in plan.stages) <= 60e9
+    assert plan.tokens_per_second >= 500
+    assert "latency at most 60.0 ms" in out
+
+
+def test_precision_of_weights(command: Command, tmp_path: Path) -> None:
+    sizes = {}
+    for weights in ("float16", "float8", "int4"):
+        file = tmp_path / f"{weights}.json"
+        planned(command, *WORK, *(() if weights == "float16" else ("--weights", weights)), "-o", file)
+        sizes[weights] = load_plan(file).stages[1].weight_bytes
+    assert 1.9 < sizes["float16"] / sizes["float8"] <= 2
+    assert 3.7 < sizes["float16"] / sizes["int4"] <= 4
+
+
+def test_stages_of_tensor_parallel_groups(command: Command, tmp_path: Path) -> None:
+    file = tmp_path / "plan.json"
+    planned(command, *WORK, "--tensor-parallel", 8, "-o", file)
+    plan = load_plan(file)
+    assert (plan.num_stages, plan.tensor_parallel) == (2, 8)
+    assert sum(stage.weight_bytes for stage in plan.stages) < 16 * 1.61e9 / 8 * 1.05
+
+
+def test_training_options_lower_memory(command: Command, tmp_path: Path) -> None:
+    needs = []
+    for options in ((), ("--checkpointing",), ("--checkpointing", "--zero-stage", 1, "--data-parallel", 8)):
+        file = tmp_path / "plan.json"
+        planned(command, "--phase", "train", *WORK, "--micro-batch", 1, *options, "-o", file)
+        needs.append(max(stage.memory_bytes for stage in load_plan(file).stages))
+    assert needs == sorted(needs, reverse=True)
+    assert len(set(needs)) == 3
+
+
+def test_the_best_order_of_unequal_devices(command: Command, tmp_path: Path) -> None:
+    cluster = tmp_path / "cluster.toml"
+    cluster.write_text(
+        '[[device]]\ntype = "l40s"\ncount = 2\n[[device]]\ntype = "h100-pcie"\ncount = 2\n', encoding="utf-8"
+    )
+    seconds = []
+    for options in ((), ("--best-order",)):
+        file = tmp_path / "plan.json"
+        planned(command, *WORK, *options, "-o", file, cluster=str(cluster))
+        seconds.append(load_plan(file).bottleneck_seconds)
+    assert seconds[1] <= seconds[0]
+
+
+def test_all_strategies(command: Command, tmp_path: Path) -> None:
+    picture = tmp_path / "strategies.png"
+    out = planned(command, "--strategy", "all", "--batch", 1024, "--sequence", 10_000, "--picture", picture)
+    for text in ("DP=16", "TP=8 x PP=2", "PP=16", "prefill", "decode", "1.61 GB", "214", "Don't pipeline"):
+        assert text.lower() in out.lower(), text
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--strategy", "all", "--stages", 4), "--strategy all"),
+        (("--picture", "x.png"), "--strategy all"),
+        (("--max-latency", "soon"), "soon"),
+        (("--max-latency", "0"), "max_latency_seconds"),
+        (("--max-memory", "-1 GB"), "-1 GB"),
+        (("--min-tokens-per-second", "nan"), "min_tokens_per_second"),
+        (("--tier", "l9"), "l9"),
+        (("--tier", "l2"), "l2"),
+        (("--tensor-parallel", 3), "3"),
+        (("--tensor-parallel", 0), "0"),
+        (("--weights", "int3"), "int3"),
+        (("--checkpointing",), "checkpointing"),
+        (("--zero-stage", 2, "--phase", "train"), "zero_stage"),
+        (("--max-latency", "1 us"), "latency"),
+        (("--phase", "train", "--objective", "sequences"), "KV cache"),
+        (("--micro-batch", 65), "micro_batch"),
+    ],
+)
+def test_bad_options_are_refused(command: Command, options: tuple[object, ...], says: str) -> None:
+    assert says in refused(command, "plan", REFERENCE, "--cluster", "h100-sxm:16", *WORK, *options)
+
+
+# --- score ---------------------------------------------------------------------------------------------------------
+
+
+def test_rules_are_scored_against_the_best(command: Command) -> None:
+    code, out, err = command("score", LLAMA, "--cluster", "h100-sxm:8", *WORK, "--rule", "all")
+    assert (code, err) == (0, "")
+    for rule in RULES:
+        assert f"rule {rule}" in out
+    gaps = [float(gap) for gap in re.findall(r"([+-]\d+\.\d)%", out)]
+    assert gaps[0] == 0.0
+    assert min(gaps) == 0.0
+    assert max(gaps) > 0.5
+
+
+def test_partitions_of_any_engine_are_scored(command: Command, tmp_path: Path) -> None:
+    plan = tmp_path / "plan.json"
+    planned(command, *WORK, "-o", plan, model=LLAMA, cluster="h100-sxm:8")
+    for name in FORMATS:
+        text = tmp_path / f"{name}.txt"
+        assert command("export", plan, "--to", name, "-o", text)[0] == 0
+        code, out, err = command("score", LLAMA, "--cluster", "h100-sxm:8", *WORK, "--partition", f"{name}:@{text}")
+        assert (code, err) == (0, ""), name
+        assert out.count("+0.0%") == 2, name  # the best one, and the same again
+
+
+def test_a_scored_partition_becomes_a_plan(command: Command, tmp_path: Path) -> None:
+    file = tmp_path / "plan.json"
+    options = ("--partition", "vllm:10,10,20,40", "-o", file)
+    assert command("score", LLAMA, "--cluster", "h200:4", *WORK, *options)[0] == 0
+    plan = load_plan(file)
+    assert plan.boundaries == (0, 11, 21, 41, 83)
+    assert plan.objective is None
+
+
+def test_a_partition_that_does_not_fit_is_marked(command: Command) -> None:
+    code, out, _ = command("score", LLAMA, "--cluster", "h100-sxm:2", *WORK, "--partition", "vllm:75,5")
+    assert code == 0
+    assert "does not fit" in out
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ((), "nothing to score"),
+        (("--partition", "40,40"), "FORMAT:TEXT"),
+        (("--partition", "vllm:40,41"), "81"),
+        (("--partition", "vllm:@nowhere.txt"), "nowhere.txt"),
+        (("--partition", "vllm:40,40", "--partition", "vllm:20,20,40"), "one number of stages"),
+        (("--rule", "none"), "none"),
+        (("--partition", "vllm:40,40", "--rule", "vllm", "-o", "x.json"), "-o"),
+        (("--partition", "vllm:10,10,20,40"), "devices"),
+    ],
+)
+def test_bad_partitions_are_refused(command: Command, options: tuple[object, ...], says: str) -> None:
+    assert says in refused(command, "score", LLAMA, "--cluster", "h100-sxm:2", *WORK, *options)
+
+
+# --- export --------------------------------------------------------------------------------------------------------
+
+
+def test_exports_of_the_reference(command: Command, tmp_path: Path) -> None:
+    plan = tmp_path / "plan.json"
+    planned(command, *WORK, "-o", plan, cluster="h100-sxm:8")
+    assert json.loads(command("export", plan, "--to", "deepspeed")[1]) == list(load_plan(plan).boundaries)
+    assert command("export", plan, "--to", "vllm")[1] == "2,2,2,2,2,2,2,2"
+    assert command("export", plan, "--to", "megatron")[1] == "Et*2|" + "t*2|" * 6 + "t*2L"
+    assert json.loads(command("export", plan, "--to", "accelerate")[1])["model.layers.15"] == 7
+
+
+def test_what_can_not_be_exported_is_refused(command: Command, tmp_path: Path) -> None:
+    plan = tmp_path / "plan.json"
+    planned(command, *WORK, "--granularity", "sublayer", "-o", plan, cluster="h100-sxm:12")
+    assert "block" in refused(command, "export", plan, "--to", "vllm")
+    assert "nowhere" in refused(command, "export", plan, "--to", "nowhere")
+    assert "cannot" in refused(command, "export", plan, "--to", "deepspeed", "-o", tmp_path / "no" / "x").replace(
+        "can't", "cannot"
+    )
