@@ -65,9 +65,11 @@ def stage_limits(constraints: Constraints, workload: Workload) -> tuple[StageLim
 
 def _largest(holds: Callable[[float], bool], near: float) -> float:
     """The largest float that holds, if smaller ones do too and rounding alone parts it from ``near``."""
-    while near > 0 and not holds(near):
+    if math.isinf(near):
+        return near
+    while not holds(near):
         near = math.nextafter(near, 0.0)
-    while math.isfinite(near) and holds(above := math.nextafter(near, math.inf)):
+    while holds(above := math.nextafter(near, math.inf)):
         near = above
     return near
 

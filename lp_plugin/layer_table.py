@@ -97,6 +97,8 @@ class LayerTable:
             in every phase but training: in prefill it is what the sequence would keep for decoding.
         kv_cache: Bytes kept for all sequences of the batch; [num_layers], zero unless decoding.
         touched: Bytes of weights and KV cache that one micro-batch touches; [num_layers].
+        streamed: The part of ``traffic`` that always comes from the slowest tier; [num_layers]. It is the KV cache of a
+            micro-batch while others decode in between: it comes round once a token, after all the others'.
         buffers: Bytes of temporaries at their peak; [num_layers].
         cuts: Bytes of the activation that crosses each cut, the model's input and output included;
             [num_layers + 1].
@@ -147,6 +149,7 @@ class LayerTable:
         activations = _column([layer.traffic_bytes_per_token * tokens for layer in self.layers])
         self.traffic = self.passes * (read + self._active * activations + cache)
         self.touched = read + cache
+        self.streamed = cache if workload.num_micro_batches > 1 else np.zeros(len(self.layers))
 
     def _count_memory(self, profile: ModelProfile, workload: Workload) -> None:
         layers, tokens, active = self.layers, self.tokens, self._active
@@ -190,7 +193,9 @@ class LayerTable:
             [device.layer_overhead_seconds * _LAUNCHES.get(layer.kind, 0.0) for layer in self.layers]
         )
         compute = self.flops / device.flops(self._dtype)
-        return np.maximum(np.maximum(compute, self.traffic / device.tiers[tier].achieved_bytes_per_second), overhead)
+        rate, slowest_rate = (device.tiers[index].achieved_bytes_per_second for index in (tier, -1))
+        moving = (self.traffic - self.streamed) / rate + self.streamed / slowest_rate
+        return np.maximum(np.maximum(compute, moving), overhead)
 
     def _all_reduce_seconds(self, link: Link, size: int) -> FloatArray:
         def layer_seconds(layer: LayerCost) -> float:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from lp_plugin.hardware import Cluster
-from lp_plugin.margins import NO_GAIN
 from lp_plugin.model import ModelProfile
 from lp_plugin.plan import Plan
 from lp_plugin.quantity import format_bytes
 from lp_plugin.why import why_notes
 
-__all__ = ["NO_GAIN", "plan_notes"]
+__all__ = ["plan_notes"]
 
 
 def plan_notes(plan: Plan, profile: ModelProfile, cluster: Cluster) -> tuple[str, ...]:

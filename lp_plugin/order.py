@@ -35,7 +35,7 @@ __all__ = ["MOST_KINDS", "best_order"]
 
 _MOST_STEPS = 4_000_000_000
 """Costs compared, at most: about ten seconds on one core."""
-_CALL_STEPS = 2_000
+_CALL_STEPS = 5_000
 """What calling NumPy takes, in costs compared."""
 _MOST_KEPT = 16_000_000
 """Numbers kept at once of the stages' costs, and of the states' values."""

@@ -11,7 +11,7 @@ from lp_plugin.plan import Plan
 from lp_plugin.quantity import format_bytes, format_seconds
 from lp_plugin.schedule import Interval, forward_timeline
 
-__all__ = ["plan_picture", "timeline_picture"]
+__all__ = ["plan_picture", "save_figure", "timeline_picture"]
 
 _KINDS = {
     "weights": ("weight_bytes", "#4477aa"),
@@ -44,7 +44,7 @@ def plan_picture(plan: Plan, path: str | Path) -> None:
         f"bottleneck {format_seconds(plan.bottleneck_seconds)}, bubble {plan.bubble_fraction:.1%}",
         fontsize=11,
     )
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def timeline_picture(
@@ -54,7 +54,7 @@ def timeline_picture(
     figure, axes = _figure(11.0, 1.6 + 0.45 * num_stages)
     _draw_timeline(axes, intervals, num_stages)
     axes.set_title(title, loc="left", fontsize=10)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _figure(width: float, height: float) -> tuple[Any, Any]:
@@ -141,7 +141,12 @@ def _transfer_legend(intervals: Sequence[Interval]) -> str:
     return "; grey: sending, receiving and waiting" if any(each.kind != "forward" for each in intervals) else ""
 
 
-def _save(figure: Any, path: str | Path) -> None:
+def save_figure(figure: Any, path: str | Path) -> None:
+    """Writes a matplotlib figure; the file appears whole or not at all.
+
+    Raises:
+        InvalidInputError: If it can't be written, or its ending is no format of pictures.
+    """
     target = Path(path)
     temporary = target.with_name(f".{target.name}.tmp{target.suffix}")
     try:

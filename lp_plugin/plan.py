@@ -75,7 +75,7 @@ class Stage:
     compute_seconds: float
     """One micro-batch through the layers."""
     resident_seconds: float
-    """The same if all data came from the device's first tier."""
+    """The same if the working set lay in the device's first tier."""
     transfer_seconds: float
     """Receiving the input and sending the output of one micro-batch."""
 

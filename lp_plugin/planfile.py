@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from lp_plugin.architecture import DTYPE_BYTES
 from lp_plugin.errors import PlanFileError, WorkloadError
@@ -27,6 +27,14 @@ SCHEMA_VERSION = 2
 
 _MOST_BYTES = 64 * 2**20  # of a file; a plan of 10,000 layers in 1,000 stages has 5 MB
 
+
+def _writable(text: str) -> str:
+    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+        raise PlanFileError("half a surrogate pair can't be written")  # pydantic adds the field
+    return text
+
+
+Text = Annotated[str, AfterValidator(_writable)]
 Count = Annotated[int, Field(ge=0, le=10**30)]
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
@@ -37,8 +45,8 @@ class _Strict(BaseModel):
 
 
 class _Layer(_Strict):
-    name: str
-    kind: str
+    name: Text
+    kind: Text
     block: Count | None
     weight_bytes: Count
     activation_bytes: Count
@@ -49,9 +57,9 @@ class _Layer(_Strict):
 class _Stage(_Strict):
     start: Count
     stop: Count
-    layers: list[str]
-    device: str
-    tier: str
+    layers: list[Text]
+    device: Text
+    tier: Text
     weight_bytes: Count
     kv_bytes: Count
     activation_bytes: Count
@@ -83,15 +91,15 @@ class _Constraints(_Strict):
     min_tokens_per_second: float | None
     min_sequences: int | None
     max_memory_bytes: int | None
-    tier: str | None
+    tier: Text | None
 
 
 class _PlanFile(_Strict):
     schema_version: int
-    model_name: str
-    model_type: str | None
-    dtype: str
-    weight_dtype: str | None
+    model_name: Text
+    model_type: Text | None
+    dtype: Text
+    weight_dtype: Text | None
     workload: _Workload
     objective: Objective | None
     constraints: _Constraints
@@ -101,7 +109,7 @@ class _PlanFile(_Strict):
     layers: list[_Layer]
     lower_bound_seconds: Seconds
     uniform_seconds: Seconds | None
-    notes: list[str]
+    notes: list[Text]
     model_digest: Digest
     cluster_digest: Digest
     workload_digest: Digest
@@ -137,7 +145,7 @@ def load_plan(path: str | Path) -> Plan:
         parsed = _PlanFile.model_validate(raw)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
+        where = ".".join(str(part) for part in first["loc"]) or "a key"
         where = where if where.isprintable() and len(where) <= 80 else shown(where)
         raise PlanFileError(f"{file}: {where}: {first['msg'].lower()}. Make the plan again.") from None
     plan = _to_plan(parsed, file)

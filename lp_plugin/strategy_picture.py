@@ -9,7 +9,7 @@ from typing import Any
 
 from lp_plugin.errors import InvalidInputError
 from lp_plugin.outcome import Outcome
-from lp_plugin.picture import _save
+from lp_plugin.picture import save_figure
 from lp_plugin.strategy import Comparison, Study, SweepRow
 
 __all__ = ["strategy_picture"]
@@ -72,7 +72,7 @@ def strategy_picture(study: Study, path: str | Path) -> None:
     figure.draw_without_rendering()  # labels are placed where the points are
     for (comparison, _), (left, _) in zip(drawn, axes, strict=True):
         _label(left, [outcome for outcome in comparison.outcomes if outcome.fits])
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _draw_outcomes(axes: Any, comparison: Comparison) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lp_plugin.errors import InvalidInputError
-from lp_plugin.picture import _save
+from lp_plugin.picture import save_figure
 from lp_plugin.sweep import Point
 from lp_plugin.sweep_report import sweep_title
 
@@ -90,13 +90,13 @@ def sweep_picture(points: Sequence[Point], path: str | Path) -> None:
     _finish(figure, grid, axis, scale)
     _legend(figure, line, points)
     figure.suptitle("\n".join(textwrap.wrap(sweep_title(points), round(width * _LETTERS_PER_INCH))), fontsize=11)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _roles(points: Sequence[Point]) -> tuple[_Variable, _Variable, list[_Variable]]:
     """What is the axis, what has a line for each value, and what has panels."""
     context = "tokens of context" if points[0].phase == "decode" else "tokens of a sequence"
-    rows = {
+    rows: dict[str, Callable[[Point], Any]] = {
         "devices": lambda point: point.num_devices,
         context: lambda point: point.sequence,
         "sequences in the batch": lambda point: point.batch,
@@ -104,8 +104,8 @@ def _roles(points: Sequence[Point]) -> tuple[_Variable, _Variable, list[_Variabl
         "precision": _precision,
     }
     if len({(point.device, point.num_devices) for point in points}) < len({point.cluster for point in points}):
-        del rows["devices"]
-        rows["device"] = lambda point: point.cluster
+        del rows["devices"], rows["device"]
+        rows["cluster"] = lambda point: point.cluster
     variables = []
     for name, of in rows.items():
         values = list(dict.fromkeys(of(point) for point in points))

@@ -40,9 +40,11 @@ def why_notes(plan: Plan, profile: ModelProfile, cluster: Cluster) -> tuple[str,
         profile: The layers.
         cluster: A device or group per stage.
     """
-    if plan.objective is None or not plan.bottleneck_seconds:
+    if plan.objective is None:
         return ()
     case = PlanCase(plan, profile, cluster)
+    if not plan.bottleneck_seconds:
+        return tuple(note for note in [_superfluous(case)] if note)
     notes = [_slowest(case), _cache(case)]
     if len({id(table) for table in case.tables}) * profile.num_layers > _MANY:
         notes.append("Limits, devices and the head are not tried one by one for a chain of this size.")
@@ -162,13 +164,15 @@ def _superfluous(case: PlanCase) -> str:
     boundaries, seconds = fewest_devices(case)
     if boundaries == plan.boundaries:
         return ""
+    size = case.cluster.group_size
+    unit = "devices" if size == 1 else f"groups of {size} devices"
+    gain = seconds / plan.bottleneck_seconds - 1 if plan.bottleneck_seconds else 0.0
     fullest = _most_blocks(plan, plan.boundaries)
     same = fullest > 0 and fullest == _most_blocks(plan, boundaries)
     return (
-        f"{plan.num_stages} devices gain nothing over {len(boundaries) - 1} at this granularity: "
+        f"{plan.num_stages} {unit} gain nothing over {len(boundaries) - 1} at this granularity: "
         f"the slowest stage takes {format_seconds(plan.bottleneck_seconds)} against {format_seconds(seconds)} "
-        f"({seconds / plan.bottleneck_seconds - 1:+.2%})"
-        + (f", since the fullest device holds {fullest} blocks either way." if same else ".")
+        f"({gain:+.2%})" + (f", since the fullest device holds {fullest} blocks either way." if same else ".")
     )
 
 

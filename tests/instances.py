@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from itertools import pairwise
 
 from oracles import all_cuts
@@ -16,9 +17,9 @@ PHASES = ("prefill", "decode", "train")
 ROUTING = ((0, 0), (0, 0), (2, 1), (4, 2), (4, 3), (4, 4))  # experts, and those that a token passes
 
 
-def random_profile(rng: random.Random) -> ModelProfile:
+def random_profile(rng: random.Random, sizes: Sequence[int] = (1, 2, 3, 4, 4, 5, 5, 6, 6, 7, 7, 8)) -> ModelProfile:
     """A chain of whole blocks, of attention and MLP in turn, or of anything; some with measured seconds."""
-    count, shape = rng.choice([1, 2, 3, 4, 4, 5, 5, 6, 6, 7, 7, 8]), rng.randrange(3)
+    count, shape = rng.choice(sizes), rng.randrange(3)
     kinds = ["layer"] * count
     if shape == 1:
         kinds = ["embedding", *["block"] * count, "head"][: max(count, 1)]
@@ -68,9 +69,9 @@ def random_profile(rng: random.Random) -> ModelProfile:
     return ModelProfile(name="random", layers=tuple(layers), dtype=dtype, input_bytes_per_token=8.0)
 
 
-def random_device(rng: random.Random, name: str) -> Device:
+def random_device(rng: random.Random, name: str, memory: int) -> Device:
     """A device of one to three tiers, whose larger tiers are slower."""
-    capacities = sorted(rng.sample(range(40, 1200), rng.randint(1, 3)))
+    capacities = sorted(memory * size for size in rng.sample(range(40, 1200), rng.randint(1, 3)))
     capacities[-1] += rng.choice([0, 400, 1500, 10_000, 10_000])
     rates = sorted((rng.choice([2.0, 4.0, 8.0]) for _ in capacities), reverse=True)
     names = ["l2", "hbm", "host"][: len(capacities) - 1]
@@ -96,10 +97,10 @@ def random_link(rng: random.Random) -> Link:
     )
 
 
-def random_cluster(rng: random.Random, num_layers: int) -> Cluster:
-    """Equal or unequal devices and links, each stage one device or a group of them."""
+def random_cluster(rng: random.Random, num_layers: int, memory: int = 1) -> Cluster:
+    """Equal or unequal devices and links, each stage one device or a group of them; ``memory`` times as large."""
     count = min(rng.choice([1, 2, 2, 3, 3, 4, 4, 5, 5]), num_layers)
-    devices = [random_device(rng, f"device {index}") for index in range(count)]
+    devices = [random_device(rng, f"device {index}", memory) for index in range(count)]
     wires = [random_link(rng) for _ in range(count - 1)]
     group_size = rng.choice([1, 1, 1, 2, 4])
     if rng.random() < 0.5:

@@ -95,7 +95,7 @@ class PlainStages:
         )
         hit = 0.0
         if working_set <= device.tiers[0].usable_bytes:
-            hit = 1.0
+            hit = 1 - sum(self._streamed(layer) for layer in layers) / traffic if traffic else 1.0
         elif in_and_out + buffers <= device.tiers[0].usable_bytes and traffic:
             hit = max(1 - self._passes * touched / traffic, 0.0)
         left = device.memory.usable_bytes
@@ -179,6 +179,11 @@ class PlainStages:
             read += layer.expert_bytes * (1 - idle)
         return read + (self._kept(layer) * self.workload.micro_batch if self._decode else 0)
 
+    def _streamed(self, layer: LayerCost) -> int:
+        """Bytes of KV cache of one micro-batch, if others decode before it is read again."""
+        takes_turns = self._decode and self.workload.micro_batch < self.workload.batch
+        return self._kept(layer) * self.workload.micro_batch if takes_turns and self._runs(layer) else 0
+
     def _activations(self, layer: LayerCost) -> float:
         return layer.traffic_bytes_per_token * self._tokens if self._runs(layer) else 0
 
@@ -221,12 +226,14 @@ class PlainStages:
         cross = workload.sequence * (1 if self._decode else workload.sequence)
         products = layer.flops_per_token * self._tokens
         products += (layer.flops_per_pair * pairs + layer.flops_per_cross_pair * cross) * workload.micro_batch
-        moved = self._read(layer) + self._activations(layer)
-        level = device.tiers[tier]
+        streamed = self._streamed(layer)
+        moved = self._read(layer) + self._activations(layer) - streamed
+        level, slowest = device.tiers[tier], device.tiers[-1]
         launches = {"block": 1.0, "attention": 0.5, "mlp": 0.5}.get(layer.kind, 0.0)
         return max(
             self._passes * products / (dict(device.peak_flops)[self.profile.dtype] * device.compute_efficiency),
-            self._passes * moved / (level.bandwidth_bytes_per_second * level.bandwidth_efficiency),
+            self._passes * moved / (level.bandwidth_bytes_per_second * level.bandwidth_efficiency)
+            + streamed / (slowest.bandwidth_bytes_per_second * slowest.bandwidth_efficiency),
             device.layer_overhead_seconds * launches,
         )
 

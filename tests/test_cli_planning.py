@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 import sys
@@ -155,6 +156,8 @@ def test_all_strategies(command: Command, tmp_path: Path) -> None:
         (("--max-latency", "1 us"), "latency"),
         (("--phase", "train", "--objective", "sequences"), "KV cache"),
         (("--micro-batch", 65), "micro_batch"),
+        (("--best-order", "--objective", "latency"), "--best-order"),
+        (("--best-order", "--min-sequences", 1), "--best-order"),
     ],
 )
 def test_bad_options_are_refused(command: Command, options: tuple[object, ...], says: str) -> None:
@@ -238,3 +241,38 @@ def test_what_can_not_be_exported_is_refused(command: Command, tmp_path: Path) -
     assert "cannot" in refused(command, "export", plan, "--to", "deepspeed", "-o", tmp_path / "no" / "x").replace(
         "can't", "cannot"
     )
+
+
+# --- sweep ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_sweep_agrees_with_single_plans(command: Command, tmp_path: Path) -> None:
+    table, picture, file = tmp_path / "sweep.csv", tmp_path / "sweep.png", tmp_path / "plan.json"
+    grid = ("--cluster", "h100-sxm:4,h100-sxm:8", "--batch", "32,64", "--sequence", 2048, "--phase", "decode")
+    code, out, err = command("sweep", REFERENCE, *grid, "--csv", table, "--picture", picture)
+    assert (code, err) == (0, "")
+    assert "h100-sxm:8" in out
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    rows = list(csv.DictReader(table.read_text(encoding="utf-8").splitlines()))
+    assert len(rows) == 4
+    for row in rows:
+        work = ("--phase", "decode", "--batch", row["batch_sequences"], "--sequence", row["sequence_tokens"])
+        planned(command, *work, "-o", file, cluster=row["cluster"])
+        assert float(row["tokens_per_second"]) == load_plan(file).tokens_per_second
+        assert row["boundaries"] == " ".join(map(str, load_plan(file).boundaries))
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--cluster", "h100-sxm:4,,h100-sxm:8"), "--cluster: item 2"),
+        (("--batch", "32,few"), "--batch: item 2"),
+        (("--sequence", "64,64"), "--sequence: item 2"),
+        (("--dtype", "float99"), "--dtype: item 1"),
+        (("--weights", "int3"), "--weights: item 1"),
+        (("--csv", "no/such/folder.csv"), "folder.csv"),
+    ],
+)
+def test_bad_sweeps_are_refused(command: Command, options: tuple[object, ...], says: str) -> None:
+    grid = ("--cluster", "h100-sxm:4", "--batch", 8, "--sequence", 64)
+    assert says in refused(command, "sweep", REFERENCE, *grid, *options)

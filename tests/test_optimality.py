@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import pytest
 from instances import OBJECTIVES, PHASES, random_cluster, random_constraints, random_profile, random_workload
-from oracles import best_plan
+from oracles import best_plan, by_layer
 from plain_stages import PlainStages
 
 from lp_plugin import Plan, partition
@@ -128,3 +128,21 @@ def test_everything_was_met(tally: Tally) -> None:
     assert min(tally.feasible.values()) >= 500
     assert min(tally.infeasible[name] for name in single) >= 500
     assert min(tally.infeasible.values()) >= 300
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_longer_chains_against_a_program_over_all_runs(seed: int) -> None:
+    rng = random.Random(seed)  # noqa: S311
+    profile, workload = random_profile(rng, range(15, 61)), random_workload(rng)
+    cluster = random_cluster(rng, profile.num_layers, memory=8)
+    stage = PlainStages(profile, cluster, workload)
+
+    def cost(position: int, start: int, stop: int) -> float | None:
+        plain = stage(position, start, stop)
+        return plain.seconds if plain.memory_bytes <= cluster.devices[position].memory.usable_bytes else None
+
+    best, plan = by_layer(profile.num_layers, len(cluster.devices), cost), solve(profile, cluster, workload)
+    if best is None or plan is None:
+        assert best is plan
+    else:
+        assert (plan.bottleneck_seconds, min(plan.stage_seconds)) == best

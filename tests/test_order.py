@@ -120,7 +120,7 @@ def test_no_order_is_faster_with_links_of_their_own(phase: str, data: st.DataObj
 def waiting(draw: st.DrawFn) -> tuple[ModelProfile, Arrange, tuple[int, ...], Workload]:
     """Training on devices whose memory just holds, or not, what waits for its backward pass."""
     count = draw(st.integers(2, 4))
-    capacities = draw(st.lists(st.integers(10, 120), min_size=count, max_size=count, unique=True))
+    capacities = draw(st.lists(st.integers(5, 50), min_size=count, max_size=count, unique=True))
     kinds = [
         device(f"kind {kind}", capacity, draw(st.sampled_from([1.0, 2.0]))) for kind, capacity in enumerate(capacities)
     ]
@@ -141,7 +141,7 @@ def waiting(draw: st.DrawFn) -> tuple[ModelProfile, Arrange, tuple[int, ...], Wo
     return profile, arrange, tuple(range(count)), Workload(phase="train", batch=batch, sequence=1, micro_batch=1)
 
 
-@settings(STEADY, max_examples=60)
+@settings(STEADY, max_examples=100)
 @given(waiting())
 def test_no_order_is_faster_where_activations_wait(
     case: tuple[ModelProfile, Arrange, tuple[int, ...], Workload],

@@ -1,4 +1,4 @@
-"""Sweeps: every point is what `make_plan` gives, or says why not; table, CSV and picture show all of them."""
+"""Sweeps: every point is what `make_plan` gives, or says why not; table and CSV show all of them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from matplotlib.image import imread
 
 from lp_plugin import Cluster, HardwareError, InvalidInputError, ModelProfile, Workload, WorkloadError, make_plan
 from lp_plugin.errors import InfeasibleError
@@ -18,7 +17,6 @@ from lp_plugin.objective import Constraints
 from lp_plugin.quantity import format_seconds
 from lp_plugin.report import WIDTH, as_text
 from lp_plugin.sweep import MOST_POINTS, Grid, Point, parse_clusters, parse_names, parse_numbers, sweep
-from lp_plugin.sweep_picture import sweep_picture
 from lp_plugin.sweep_report import save_csv, sweep_csv, sweep_report, sweep_table, sweep_title
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -276,6 +274,9 @@ def test_what_is_the_same_stands_in_the_title() -> None:
     headings = as_text(sweep_table(points)).splitlines()[0].split()
     assert headings[0] == "batch"
     assert "room" in headings
+    headings = as_text(sweep_table(sweep(profile_of, grid(dtypes=("float16", "bfloat16")), DECODE))).split()
+    assert "dtype" in headings
+    assert "weights" not in headings  # as the dtype in every point
     assert "room" not in as_text(sweep_table(sweep(profile_of, grid(), Workload(phase="train", batch=1, sequence=1))))
 
 
@@ -324,117 +325,4 @@ def test_csv_that_can_not_be_written(varied: tuple[Point, ...], tmp_path: Path) 
     odd = dataclasses.replace(varied[0], cluster="\udcff.toml")
     with pytest.raises(InvalidInputError, match="can't be written"):
         save_csv([odd], tmp_path / "sweep.csv")
-    assert not list(tmp_path.iterdir())
-
-
-# Picture
-
-
-def point(**changed: object) -> Point:
-    """A point that was planned, for pictures of what no model gives."""
-    blank = {
-        "model": "model",
-        "phase": "decode",
-        "objective": "throughput",
-        "constraints": "",
-        "cluster": "h200:8",
-        "device": "h200",
-        "num_devices": 8,
-        "num_stages": 8,
-        "dtype": "float16",
-        "weight_dtype": "float16",
-        "batch": 8,
-        "sequence": 512,
-        "outcome": "planned",
-        "tokens_per_second": 100.0,
-    }
-    return Point(**{**blank, **changed})
-
-
-def misfit(**changed: object) -> Point:
-    return point(**{"outcome": "does not fit", "tokens_per_second": None, **changed})
-
-
-PICTURES = {
-    "one point": [point()],
-    "one number": [point(batch=batch, tokens_per_second=float(batch)) for batch in (1, 3, 5)],
-    "powers": [point(batch=2**power, tokens_per_second=2.0**power) for power in range(12)],
-    "many values": [point(sequence=value, tokens_per_second=1e6 / value) for value in range(1, 200)],
-    "clusters without numbers": [point(cluster=name, device=name) for name in ("a", "b")],
-    "equal devices, other links": [point(cluster=name) for name in ("a.toml", "b.toml")],
-    "precisions": [point(weight_dtype=name) for name in ("float16", "int8")],
-    "nothing fits": [misfit(batch=batch) for batch in (8, 16)],
-    "nothing fits, one point": [misfit()],
-    "no sense": [point(), misfit(batch=9, outcome="makes no sense")],
-    "costs nothing": [point(tokens_per_second=float("inf")), point(batch=16)],
-    "a line without points": [misfit(num_devices=2), misfit(num_devices=2, batch=16), point(), point(batch=16)],
-    "long names": [point(cluster="x" * 80 + f"{name}.toml", device=name) for name in "ab"],
-    "two panels": [
-        point(batch=batch, sequence=sequence, dtype=dtype)
-        for batch in (1, 2, 3)
-        for sequence in (4, 5)
-        for dtype in ("float16", "bfloat16")
-    ],
-    "five panels in a block": [
-        point(batch=batch, sequence=sequence, num_devices=devices, cluster=f"h200:{devices}")
-        for batch in range(1, 8)
-        for sequence in range(1, 7)
-        for devices in range(1, 6)
-    ],
-    "many lines": [point(batch=batch, sequence=sequence) for batch in range(1, 31) for sequence in range(1, 25)],
-}
-
-
-@pytest.mark.parametrize("name", PICTURES)
-def test_any_sweep_can_be_drawn(name: str, tmp_path: Path) -> None:
-    target = tmp_path / "sweep.png"
-    sweep_picture(PICTURES[name], target)
-    assert imread(target).shape[0] > 300
-    assert [file.name for file in tmp_path.iterdir()] == ["sweep.png"]
-
-
-def test_everything_that_varies_is_drawn(varied: tuple[Point, ...], tmp_path: Path) -> None:
-    """Names of panels, lines and marks stand in the picture's text."""
-    target = tmp_path / "sweep.svg"
-    sweep_picture(varied, target)
-    text = target.read_text(encoding="utf-8")
-    for words in ("float16, int4 weights", "tokens of context", "does not fit", "makes no sense", "h200", "tokens/s"):
-        assert f"<!-- {words} -->" in text or words in text
-
-
-def test_a_point_is_drawn_where_it_belongs(tmp_path: Path) -> None:
-    """One bright mark at the left or at the right of the panel."""
-    columns = []
-    for place in (1, 9):
-        points = [point(batch=1, tokens_per_second=None, outcome="does not fit"), misfit(batch=9)]
-        points[place == 9] = point(batch=place)
-        sweep_picture(points, tmp_path / "sweep.png")
-        pixels = imread(tmp_path / "sweep.png")[:, :, :3]
-        blue = (abs(pixels - [0x44 / 255, 0x77 / 255, 0xAA / 255]).max(axis=2) < 0.02).nonzero()
-        upper = blue[1][blue[0] < pixels.shape[0] * 0.7]  # the marks of what does not fit are below
-        columns.append(float(upper.mean()) / pixels.shape[1])
-    assert columns[0] < 0.3
-    assert columns[1] > 0.6
-
-
-def test_pictures_that_would_be_too_large(tmp_path: Path) -> None:
-    lines = [point(batch=batch, sequence=sequence) for batch in range(1, 31) for sequence in range(1, 26)]
-    with pytest.raises(InvalidInputError, match="25 lines"):
-        sweep_picture(lines, tmp_path / "sweep.png")
-    panels = [
-        point(batch=batch, sequence=sequence, num_devices=devices, cluster=f"h200:{devices}", dtype=dtype)
-        for batch in range(1, 8)
-        for sequence in range(1, 6)
-        for devices in range(1, 6)
-        for dtype in ("a", "b", "c", "d", "e")
-    ]
-    with pytest.raises(InvalidInputError, match="25 panels"):
-        sweep_picture(panels, tmp_path / "sweep.png")
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("name", ["missing/sweep.png", "sweep.unknown"])
-def test_a_picture_that_can_not_be_written(name: str, tmp_path: Path) -> None:
-    with pytest.raises(InvalidInputError, match="can't be written"):
-        sweep_picture([point()], tmp_path / name)
     assert not list(tmp_path.iterdir())

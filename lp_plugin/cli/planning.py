@@ -77,11 +77,16 @@ def plan(
     if picture is not None:
         raise WorkloadError("--picture draws a comparison; add --strategy all, or draw one plan with 'explain'.")
     if best_order:
+        if objective != "throughput" or bounds.given:
+            raise WorkloadError(
+                "--best-order puts devices in the order with the fastest slowest stage; leave out --objective and "
+                "constraints, or write the order you want into the cluster file."
+            )
         from lp_plugin.order import best_order as ordered  # noqa: PLC0415 - only this option needs it
 
         devices = ordered(profile, devices if stages is None else devices.subset(stages), workload)
     made = make_plan(profile, devices, workload, stages, objective=objective, constraints=bounds)
-    console().print(plan_report(made))
+    console().print(plan_report(made, devices.subset(made.num_stages)))
     if output is not None:
         save_plan(made, output)
         console().print(f"plan written to {output}")

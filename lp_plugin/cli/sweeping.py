@@ -55,7 +55,7 @@ def sweep(
         weight_dtypes=parse_names("--weights", weights, WEIGHT_DTYPES) if weights is not None else (None,),
     )
     bounds = ask.constraints_of(max_latency, min_tokens_per_second, min_sequences, max_memory, tier)
-    workload = ask.workload_of(phase, grid.batches[0], grid.sequences[0], micro_batch)
+    workload = ask.workload_of(phase, max(grid.batches), max(grid.sequences), micro_batch)
 
     def profile_of(precision: str | None, stored: str | None) -> ModelProfile:
         return ModelProfile.from_config(model, dtype=precision, weight_dtype=stored, granularity=granularity)
