@@ -102,7 +102,12 @@ def least_bottleneck(
 
 
 def least_total(stages: Sequence[StageCosts], num_layers: int) -> float:
-    """The least sum of all stages' costs over all partitions; inf if none is finite."""
+    """The least sum of all stages' costs over all partitions; inf if none is finite.
+
+    Raises:
+        WorkloadError: If there are more stages than layers, or no stage.
+    """
+    _check_size(len(stages), num_layers)
     return _Chain(stages, stages, num_layers, _HUGE).least_total()
 
 
@@ -110,11 +115,7 @@ def _least(
     stages: Sequence[StageCosts], num_layers: int, totals: Sequence[StageCosts], total_limit: float
 ) -> tuple[float, _Chain] | None:
     """The least bottleneck, and a chain that holds all partitions up to it; None without any."""
-    if not 1 <= len(stages) <= num_layers:
-        raise WorkloadError(
-            f"{num_layers} layers can't fill {len(stages)} stages: each stage needs at least one layer; "
-            f"ask for 1 to {num_layers} stages."
-        )
+    _check_size(len(stages), num_layers)
     best = _INFINITE
     for bound in _guesses(kinds_of(stages, stages), num_layers):
         chain = _Chain(stages, totals, num_layers, bound)
@@ -136,6 +137,14 @@ def _least(
     costs = chain.distinct_costs()
     least = _first_that(lambda index: chain.within(costs[index]).least_total() <= total_limit, len(costs))
     return costs[least], chain
+
+
+def _check_size(num_stages: int, num_layers: int) -> None:
+    if not 1 <= num_stages <= num_layers:
+        raise WorkloadError(
+            f"{num_layers} layers can't fill {num_stages} stages: each stage needs at least one layer; "
+            f"ask for 1 to {num_layers} stages."
+        )
 
 
 class _Chain:

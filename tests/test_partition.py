@@ -16,12 +16,11 @@ from numpy.typing import NDArray
 from oracles import all_cuts, brute_force, by_layer, parametric_search
 from strategies import STEADY
 
-from lp_plugin import Cluster, Link, ModelProfile, Workload, WorkloadError, make_plan
+from lp_plugin import WorkloadError
 from lp_plugin import partition as solver
 from lp_plugin.partition import StageCosts, least_bottleneck, least_total, partition, stage_cost
 
 EXAMPLE = [4, 18, 2, 5, 12, 11]
-FREE = Link(name="free", bandwidth_bytes_per_second=1.0, latency_seconds=0.0)
 INFINITE = float("inf")
 
 
@@ -276,15 +275,11 @@ def test_equal_bottlenecks_are_spread_evenly() -> None:
     assert partition([Runs([*weights, 1])] * 3, 8) == (0, 1, 4, 8)  # 9, 3, 4 before 9, 4, 3: the first of equals
 
 
-@pytest.mark.parametrize("num_stages", [7, 8, 100])
-def test_more_stages_than_layers(num_stages: int) -> None:
+@pytest.mark.parametrize("num_stages", [0, 7, 8, 100])
+@pytest.mark.parametrize("question", [partition, least_bottleneck, least_total])
+def test_more_stages_than_layers_or_none(num_stages: int, question: Callable[..., object]) -> None:
     with pytest.raises(WorkloadError, match=f"6 layers can't fill {num_stages} stages.*ask for 1 to 6"):
-        partition([Runs(EXAMPLE)] * num_stages, 6)
-
-
-def test_no_stage() -> None:
-    with pytest.raises(WorkloadError, match="0 stages"):
-        partition([], 6)
+        question([Runs(EXAMPLE)] * num_stages, 6)
 
 
 def test_as_many_stages_as_layers_and_one_stage() -> None:
@@ -394,13 +389,3 @@ def test_a_thousand_layers_over_64_unequal_stages_with_little_memory() -> None:
 def test_all_cuts_are_all() -> None:
     assert list(all_cuts(4, 2)) == [(0, 1, 4), (0, 2, 4), (0, 3, 4)]
     assert len(list(all_cuts(12, 6))) == 462
-
-
-def test_example_through_make_plan() -> None:
-    plan = make_plan(
-        ModelProfile.from_costs(EXAMPLE),
-        Cluster.homogeneous("h200", 4, FREE),
-        Workload(batch=8, sequence=1, micro_batch=1),
-    )
-    assert plan.boundaries == (0, 1, 2, 5, 6)
-    assert plan.bottleneck_seconds == 19
