@@ -13,7 +13,7 @@ import re
 from collections.abc import Sequence
 
 from lp_plugin.errors import PartitionFormatError
-from lp_plugin.exchange import NamedLayer, PartitionFormat, read_json, shown
+from lp_plugin.exchange.counts import NamedLayer, PartitionFormat, read_json, shown
 from lp_plugin.integrations.module_names import boundaries_from_places, check_names, module_names, units_of
 
 __all__ = ["FORMAT"]

@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 
 from lp_plugin.errors import PartitionFormatError
-from lp_plugin.exchange import (
+from lp_plugin.exchange.counts import (
     NamedLayer,
     PartitionFormat,
     block_starts,

@@ -11,7 +11,7 @@ import json
 from collections.abc import Sequence
 
 from lp_plugin.errors import PartitionFormatError
-from lp_plugin.exchange import NamedLayer, PartitionFormat, check_boundaries, read_json, shown
+from lp_plugin.exchange.counts import NamedLayer, PartitionFormat, check_boundaries, read_json, shown
 
 __all__ = ["FORMAT"]
 

@@ -3,7 +3,7 @@
 No engine need be installed::
 
     text = export_partition(plan, "vllm")                                  # "5,4,4,4"
-    boundaries = import_partition("Et*5|t*4|t*4|t*3L", layers, "megatron")  # for lp_plugin.solve.evaluate
+    boundaries = import_partition("Et*5|t*4|t*4|t*3L", layers, "megatron")  # for lp_plugin.solver.solve.evaluate
 
 ====================  ====================================================  =======================================
 format                text                                                  can't express
@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from lp_plugin.errors import PartitionFormatError
-from lp_plugin.exchange import MAX_CHARACTERS, NamedLayer, Partitioned, PartitionFormat, reason_against, shown
+from lp_plugin.exchange.counts import MAX_CHARACTERS, NamedLayer, Partitioned, PartitionFormat, reason_against, shown
 from lp_plugin.integrations import accelerate, deepspeed_parts, megatron, sglang, torch_pipelining, vllm
 from lp_plugin.integrations.counts import counts_format
 
@@ -98,7 +98,7 @@ def import_partition(
         model_type: ``"model_type"`` of the model's ``config.json``; needed by ``accelerate`` and ``torch``.
 
     Returns:
-        Half-open boundaries over ``layers``, for `lp_plugin.solve.evaluate`.
+        Half-open boundaries over ``layers``, for `lp_plugin.solver.solve.evaluate`.
 
     Raises:
         PartitionFormatError: If the text is wrong, or does not describe this model; says where.

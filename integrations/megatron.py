@@ -14,7 +14,7 @@ import re
 from collections.abc import Sequence
 
 from lp_plugin.errors import PartitionFormatError
-from lp_plugin.exchange import NamedLayer, PartitionFormat, block_starts, blocks_per_stage, shown
+from lp_plugin.exchange.counts import NamedLayer, PartitionFormat, block_starts, blocks_per_stage, shown
 
 __all__ = ["FORMAT"]
 

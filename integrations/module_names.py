@@ -7,7 +7,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 from lp_plugin.errors import PartitionFormatError
-from lp_plugin.exchange import NamedLayer, block_starts, shown
+from lp_plugin.exchange.counts import NamedLayer, block_starts, shown
 
 __all__ = ["ModuleNames", "Unit", "boundaries_from_places", "check_names", "module_names", "units_of"]
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lp_plugin.errors import PartitionFormatError
-from lp_plugin.exchange import NamedLayer, PartitionFormat, check_boundaries, read_json, shown
+from lp_plugin.exchange.counts import NamedLayer, PartitionFormat, check_boundaries, read_json, shown
 from lp_plugin.integrations.module_names import boundaries_from_places, check_names, module_names, units_of
 
 if TYPE_CHECKING:

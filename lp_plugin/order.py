@@ -3,7 +3,7 @@
 Exact over all distinct orders of up to `MOST_KINDS` kinds: a dynamic program from the last device to the first over
 (devices of each kind used so far, kind of the next one, the link it receives over, the layer it starts with). Devices
 of one kind are interchangeable, so the number of states is the product of (count + 1), not the number of orders.
-Costs are those of `lp_plugin.cost`: memory tiers, capacities, both links of a stage, and in training the
+Costs are those of `lp_plugin.solver.cost`: memory tiers, capacities, both links of a stage, and in training the
 micro-batches in flight at its place.
 
 Source:
@@ -19,15 +19,15 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from lp_plugin.cost import StageTable
-from lp_plugin.criteria import Seconds, StageLimits
 from lp_plugin.errors import WorkloadError
 from lp_plugin.hardware import Cluster, Link
-from lp_plugin.layer_table import FloatArray, IntArray, LayerTable
 from lp_plugin.model import ModelProfile
 from lp_plugin.objective import Constraints
 from lp_plugin.planner import best_plan, check_request
-from lp_plugin.solve import solve
+from lp_plugin.solver.cost import StageTable, grid_quantum
+from lp_plugin.solver.criteria import Seconds, StageLimits
+from lp_plugin.solver.layer_table import FloatArray, IntArray, LayerTable
+from lp_plugin.solver.solve import solve
 from lp_plugin.wiring import MOST_KINDS, Kinds, kinds_of
 from lp_plugin.workload import Workload, micro_batch_candidates
 
@@ -122,7 +122,9 @@ class _Search:
                     if link not in links:
                         links.append(link)
                     self._joined[left][right] = links.index(link) + 1
-        self._quantum = self._grid(links)
+        slowest = max(links, key=lambda link: link.seconds(float(np.max(self._table.cuts))))
+        places = list(zip(kinds.devices, kinds.groups, strict=True))
+        self._quantum = grid_quantum(self._table, places, [slowest] * self._num_devices)  # whatever the order
         self._transfers = [self._stage_table(0, link, 0) for link in (None, *links)]
         self._known: dict[tuple[int, int], FloatArray] = {}
         self._bound = math.inf
@@ -130,16 +132,6 @@ class _Search:
         self._bases = np.array(kinds.counts) + 1
         self._strides = np.concatenate([[1], np.cumprod(self._bases[:-1])])
         self._levels = self._states_by_level()
-
-    def _grid(self, links: Sequence[Link]) -> float:
-        """Distance of points on which sums of seconds are exact in every order, as in `lp_plugin.cost`."""
-        slowest = max(
-            float(np.sum(self._table.seconds(device, len(device.tiers) - 1, group)))
-            for device, group in zip(self._kinds.devices, self._kinds.groups, strict=True)
-        )
-        crossing = max(link.seconds(float(np.max(self._table.cuts))) for link in links)
-        total = slowest + 4 * self._num_devices * crossing
-        return 2.0 ** (math.ceil(math.log2(total)) - 50) if 2.0**-900 < total < math.inf else 0.0
 
     def _stage_table(self, kind: int, link: Link | None, in_flight: int) -> StageTable:
         return StageTable(

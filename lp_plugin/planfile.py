@@ -12,9 +12,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from lp_plugin.architecture import DTYPE_BYTES
 from lp_plugin.errors import PlanFileError, WorkloadError
 from lp_plugin.model import ModelProfile
+from lp_plugin.model.architecture import DTYPE_BYTES
 from lp_plugin.objective import Constraints, Objective
 from lp_plugin.plan import LayerFootprint, Plan, Stage
 from lp_plugin.quantity import shown

@@ -8,12 +8,12 @@ from typing import get_args
 from lp_plugin.errors import WorkloadError
 from lp_plugin.hardware import Cluster
 from lp_plugin.model import ModelProfile
-from lp_plugin.notes import plan_notes
 from lp_plugin.objective import Constraints, Objective
 from lp_plugin.plan import Plan
 from lp_plugin.quantity import shown
-from lp_plugin.remedy import infeasible_error
-from lp_plugin.solve import solve
+from lp_plugin.solver.solve import solve
+from lp_plugin.why.notes import plan_notes
+from lp_plugin.why.remedy import infeasible_error
 from lp_plugin.workload import Workload, micro_batch_candidates
 
 __all__ = ["best_plan", "check_request", "make_plan"]

@@ -15,7 +15,7 @@ from rich.text import Text
 from lp_plugin.hardware import Cluster
 from lp_plugin.plan import Plan, Stage
 from lp_plugin.quantity import format_bytes, format_seconds
-from lp_plugin.solve import uniform_boundaries
+from lp_plugin.solver.solve import uniform_boundaries
 
 __all__ = ["as_text", "layer_table", "plan_report", "stage_table", "summary", "tier_table"]
 

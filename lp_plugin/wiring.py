@@ -20,9 +20,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from lp_plugin.catalogue import catalogue, load_device, load_link, load_network
 from lp_plugin.errors import HardwareError
 from lp_plugin.hardware import Cluster, Device, Link, slower_link
+from lp_plugin.hardware.catalogue import catalogue, load_device, load_link, load_network
 
 __all__ = ["MOST_KINDS", "Kinds", "kinds_of"]
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from hypothesis import strategies as st
 
 from lp_plugin import Cluster, ModelProfile, Plan, Workload
-from lp_plugin.solve import evaluate
+from lp_plugin.solver.solve import evaluate
 
 Granularity = Literal["layer", "sublayer"]
 GRANULARITIES: tuple[Granularity, ...] = ("layer", "sublayer")

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from lp_plugin import ModelProfile
-from lp_plugin.layouts import Strategy
+from lp_plugin.strategy.layouts import Strategy
 
 DENSE16 = Path(__file__).parent.parent / "examples" / "dense16"
 BASELINE = Strategy(tensor_parallel=8, pipeline_parallel=2)

@@ -16,7 +16,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from lp_plugin.families import FAMILIES
+from lp_plugin.model.families import FAMILIES
 
 BASE: dict[str, Any] = {
     "vocab_size": 123,

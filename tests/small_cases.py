@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 from lp_plugin import Cluster, Device, LayerCost, Link, MemoryTier, ModelProfile, Plan, Workload
 from lp_plugin.objective import Constraints
-from lp_plugin.solve import evaluate
+from lp_plugin.solver.solve import evaluate
 
 ONE = Workload(batch=1, sequence=1, micro_batch=1)
 FREE = Link(name="free", bandwidth_bytes_per_second=1.0, latency_seconds=0.0)

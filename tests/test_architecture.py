@@ -11,8 +11,8 @@ import pytest
 from shrunk import small_config, their_config
 
 from lp_plugin import ModelConfigError, ModelProfile, UnsupportedModelError
-from lp_plugin.architecture import Attention, Block, Mlp, read_architecture, read_config
-from lp_plugin.families import FAMILIES
+from lp_plugin.model.architecture import Attention, Block, Mlp, read_architecture, read_config
+from lp_plugin.model.families import FAMILIES
 
 DENSE16 = Path(__file__).parent.parent / "examples" / "dense16"
 LLAMA = {"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2}
@@ -225,7 +225,7 @@ JUNK = [None, -1, 0, 2**70, 1e308, float("nan"), float("inf"), "x", [], [[]], {}
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_junk_in_any_key_is_a_profile_or_a_typed_error(family: str) -> None:
     """Never another exception, and never a message as long as the junk."""
-    reader = importlib.import_module(f"lp_plugin.families.{FAMILIES[family]}").READERS[family]
+    reader = importlib.import_module(f"lp_plugin.model.families.{FAMILIES[family]}").READERS[family]
     others = ["text_config", "quantization_config", "dtype", "made_up"]
     outcomes = []
     for key in [*reader.model_fields, *reader.renamed, *others]:

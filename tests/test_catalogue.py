@@ -14,9 +14,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from strategies import STEADY
 
-from lp_plugin.catalogue import catalogue, load_device, load_link, load_network, load_node_size
 from lp_plugin.errors import HardwareError
 from lp_plugin.hardware import Cluster
+from lp_plugin.hardware.catalogue import catalogue, load_device, load_link, load_network, load_node_size
 
 OWN_DEVICE = """
 [[device]]

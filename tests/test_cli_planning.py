@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from lp_plugin import cli, load_plan
+from lp_plugin.exchange.rules import RULES
 from lp_plugin.integrations.formats import FORMATS
-from lp_plugin.rules import RULES
 
 ROOT = Path(__file__).parents[1]
 REFERENCE = ROOT / "examples" / "dense16"

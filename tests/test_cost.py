@@ -25,9 +25,9 @@ from lp_plugin import (
     ModelProfile,
     Workload,
 )
-from lp_plugin.cost import StageTable, bottleneck_seconds, stage_tables, work_lower_bound
 from lp_plugin.objective import Constraints
-from lp_plugin.solve import solve
+from lp_plugin.solver.cost import StageTable, bottleneck_seconds, stage_tables, work_lower_bound
+from lp_plugin.solver.solve import solve
 
 FREE = Link(name="free", bandwidth_bytes_per_second=1.0, latency_seconds=0.0)
 TIED = {"model_type": "llama", "vocab_size": 100, "hidden_size": 32, "intermediate_size": 64,

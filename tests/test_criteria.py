@@ -14,10 +14,10 @@ from plain_stages import PlainStages
 from strategies import STEADY, clusters, profiles, workloads
 
 from lp_plugin import Cluster, HardwareError, ModelProfile, Workload
-from lp_plugin.cost import stage_tables
-from lp_plugin.criteria import MemoryShare, MissingRoom, Seconds, StageLimits, most_room, stage_limits
 from lp_plugin.objective import Constraints
-from lp_plugin.solve import solve
+from lp_plugin.solver.cost import stage_tables
+from lp_plugin.solver.criteria import MemoryShare, MissingRoom, Seconds, StageLimits, most_room, stage_limits
+from lp_plugin.solver.solve import solve
 
 ONE = Workload(batch=1, sequence=1, micro_batch=1)
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from strategies import STEADY
 
 from lp_plugin import PartitionFormatError, Plan
-from lp_plugin.exchange import block_starts, blocks_per_stage, boundaries_from_counts
+from lp_plugin.exchange.counts import block_starts, blocks_per_stage, boundaries_from_counts
 from lp_plugin.integrations.formats import FORMATS, export_partition, expressible, import_partition
 
 # --- round trips -------------------------------------------------------------------------------------------------

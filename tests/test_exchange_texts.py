@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from strategies import STEADY
 
 from lp_plugin import PartitionFormatError
-from lp_plugin.exchange import MAX_CHARACTERS
+from lp_plugin.exchange.counts import MAX_CHARACTERS
 from lp_plugin.integrations.formats import FORMATS, export_partition, import_partition
 
 

@@ -27,8 +27,8 @@ from shrunk import (
 from transformers import PreTrainedModel
 
 from lp_plugin import LayerCost, ModelProfile
-from lp_plugin.architecture import Experts, read_architecture, read_config
-from lp_plugin.families import FAMILIES
+from lp_plugin.model.architecture import Experts, read_architecture, read_config
+from lp_plugin.model.families import FAMILIES
 
 FULL = [full_config(family) for family in sorted(FAMILIES)]
 ALL = SMALL + FULL
@@ -160,12 +160,16 @@ def test_only_the_family_asked_for_is_imported() -> None:
     """From a fresh process: reading Llama loads neither the other families nor a framework."""
     code = (
         "import sys; from lp_plugin import ModelProfile; ModelProfile.from_config({'model_type': 'llama'});"
-        "print([m for m in sys.modules if m.startswith('lp_plugin.families') or m in {'torch', 'transformers'}])"
+        "print([m for m in sys.modules if m.startswith('lp_plugin.model.families') or m in {'torch', 'transformers'}])"
     )
     loaded = ast.literal_eval(
         subprocess.run([sys.executable, "-c", code], check=True, capture_output=True).stdout.decode()
     )
-    assert sorted(loaded) == ["lp_plugin.families", "lp_plugin.families.base", "lp_plugin.families.gated"]
+    assert sorted(loaded) == [
+        "lp_plugin.model.families",
+        "lp_plugin.model.families.base",
+        "lp_plugin.model.families.gated",
+    ]
 
 
 def test_equal_blocks_are_counted_once() -> None:

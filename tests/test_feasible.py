@@ -12,8 +12,8 @@ from small_cases import FREE, ONE, device, every_plan, keeps
 from strategies import STEADY, clusters, profiles, workloads
 
 from lp_plugin import Cluster, InfeasibleError, ModelProfile, Workload, make_plan
-from lp_plugin.feasible import Request, attainable, largest_integer
 from lp_plugin.objective import Constraints
+from lp_plugin.why.feasible import Request, attainable, largest_integer
 from lp_plugin.workload import micro_batch_candidates
 
 NONE = Constraints()

@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import STEADY
 
-from lp_plugin.catalogue import load_device, load_link, load_network
-from lp_plugin.device import Device, Link, MemoryTier, slower_link
 from lp_plugin.errors import HardwareError
 from lp_plugin.hardware import Cluster
+from lp_plugin.hardware.catalogue import load_device, load_link, load_network
+from lp_plugin.hardware.device import Device, Link, MemoryTier, slower_link
 from lp_plugin.quantity import shown
 
 NAN, INF = float("nan"), float("inf")

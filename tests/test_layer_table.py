@@ -12,7 +12,7 @@ from plain_stages import count_pairs
 from strategies import STEADY
 
 from lp_plugin import Cluster, LayerCost, Link, ModelProfile, Workload
-from lp_plugin.layer_table import LayerTable, RangeMax, attention_pairs, prefix_sums
+from lp_plugin.solver.layer_table import LayerTable, RangeMax, attention_pairs, prefix_sums
 
 
 def table_of(layer: LayerCost, workload: Workload) -> LayerTable:

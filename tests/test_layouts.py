@@ -10,7 +10,7 @@ from dense16 import dense
 from small_cases import FREE, device
 
 from lp_plugin import Cluster, ModelProfile
-from lp_plugin.layouts import Strategy, layouts, nodes_in_words
+from lp_plugin.strategy.layouts import Strategy, layouts, nodes_in_words
 
 
 @pytest.mark.parametrize("count", [1, 2, 6, 8, 12, 16, 24, 32])

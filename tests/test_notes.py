@@ -11,8 +11,8 @@ from small_cases import FREE, ONE, device
 from strategies import STEADY, clusters, cost_profiles, profiles, workloads
 
 from lp_plugin import Cluster, LayerCost, ModelProfile, Plan, Workload, make_plan
-from lp_plugin.notes import plan_notes
-from lp_plugin.solve import evaluate, solve
+from lp_plugin.solver.solve import evaluate, solve
+from lp_plugin.why.notes import plan_notes
 
 DENSE16 = Path(__file__).parent.parent / "examples" / "dense16"
 

@@ -11,7 +11,7 @@ import pytest
 from lp_plugin import Cluster, HardwareError, ModelProfile, Workload, WorkloadError, make_plan
 from lp_plugin.objective import Constraints
 from lp_plugin.quantity import shown
-from lp_plugin.solve import solve
+from lp_plugin.solver.solve import solve
 
 NUMBERS = ("max_latency_seconds", "min_tokens_per_second")
 WHOLE = ("min_sequences", "max_memory_bytes")

@@ -14,7 +14,7 @@ from plain_stages import PlainStages
 
 from lp_plugin import Plan, partition
 from lp_plugin.objective import Constraints
-from lp_plugin.solve import solve
+from lp_plugin.solver.solve import solve
 
 INSTANCES = 20_000
 FACTS = (

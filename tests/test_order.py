@@ -26,12 +26,12 @@ from lp_plugin import (
     WorkloadError,
     make_plan,
 )
-from lp_plugin.catalogue import load_device, load_link, load_network
 from lp_plugin.hardware import slower_link
+from lp_plugin.hardware.catalogue import load_device, load_link, load_network
 from lp_plugin.objective import Constraints
 from lp_plugin.order import best_order
 from lp_plugin.planner import best_plan
-from lp_plugin.solve import solve
+from lp_plugin.solver.solve import solve
 from lp_plugin.wiring import MOST_KINDS, kinds_of
 
 DENSE16 = Path(__file__).parent.parent / "examples" / "dense16"

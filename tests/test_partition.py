@@ -18,7 +18,7 @@ from strategies import STEADY
 
 from lp_plugin import WorkloadError
 from lp_plugin import partition as solver
-from lp_plugin.partition import StageCosts, least_bottleneck, least_total, partition, stage_cost
+from lp_plugin.solver.partition import StageCosts, least_bottleneck, least_total, partition, stage_cost
 
 EXAMPLE = [4, 18, 2, 5, 12, 11]
 INFINITE = float("inf")

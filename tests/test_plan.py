@@ -30,7 +30,7 @@ from lp_plugin import (
 )
 from lp_plugin.objective import Constraints
 from lp_plugin.quantity import shown
-from lp_plugin.solve import solve
+from lp_plugin.solver.solve import solve
 from lp_plugin.workload import micro_batch_candidates
 
 DENSE16 = Path(__file__).parent.parent / "examples" / "dense16"

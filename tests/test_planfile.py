@@ -29,7 +29,7 @@ from lp_plugin import (
 from lp_plugin.objective import Constraints
 from lp_plugin.planfile import SCHEMA_VERSION, check_model, write_atomically
 from lp_plugin.planner import best_plan
-from lp_plugin.solve import evaluate
+from lp_plugin.solver.solve import evaluate
 
 Edit = Callable[[dict[str, Any]], object]
 CONSTRAINTS = st.builds(

@@ -15,9 +15,9 @@ from strategies import STEADY, clusters, profiles, workloads
 from test_feasible import ask, can_be_planned, drawn_bounds
 
 from lp_plugin import Cluster, InfeasibleError, LayerCost, LpPluginError, ModelProfile, Workload, make_plan
-from lp_plugin.feasible import Request
 from lp_plugin.objective import Constraints
 from lp_plugin.quantity import parse_bytes, parse_seconds
+from lp_plugin.why.feasible import Request
 
 DENSE16 = Path(__file__).parent.parent / "examples" / "dense16"
 SMALL = {"model_type": "starcoder2", "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 16,

@@ -11,7 +11,7 @@ from small_cases import FREE, ONE, chain, device
 from lp_plugin import Cluster, LayerCost, ModelProfile, Plan, Workload, make_plan
 from lp_plugin.objective import Constraints
 from lp_plugin.report import as_text, layer_table, plan_report, stage_table, summary, tier_table
-from lp_plugin.solve import evaluate
+from lp_plugin.solver.solve import evaluate
 
 DENSE16 = Path(__file__).parent.parent / "examples" / "dense16"
 

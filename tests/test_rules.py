@@ -10,8 +10,8 @@ import pytest
 from chains import Layer, chain
 
 from lp_plugin import PartitionFormatError, WorkloadError
-from lp_plugin.exchange import blocks_per_stage
-from lp_plugin.rules import BLOCK_RULES, RULES, boundaries_of_rule, deepspeed_uniform
+from lp_plugin.exchange.counts import blocks_per_stage
+from lp_plugin.exchange.rules import BLOCK_RULES, RULES, boundaries_of_rule, deepspeed_uniform
 
 
 def dealt(num_blocks: int, num_stages: int, order: list[int]) -> tuple[int, ...]:

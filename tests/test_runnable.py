@@ -12,9 +12,9 @@ import torch
 from shrunk import small_config, their_config
 
 from lp_plugin import UnsupportedModelError
-from lp_plugin.families import FAMILIES
 from lp_plugin.integrations.transformers.decoder import DecoderStage
 from lp_plugin.integrations.transformers.runnable import RUNNABLE, check_runnable
+from lp_plugin.model.families import FAMILIES
 from lp_plugin.score.job import prepare
 
 OTHERS = ["mixtral", "gemma2", "t5", "bert", "deepseek_v3", "opt"]

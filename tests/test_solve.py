@@ -28,7 +28,7 @@ from lp_plugin import (
 )
 from lp_plugin.objective import Constraints
 from lp_plugin.quantity import shown
-from lp_plugin.solve import emptiest, evaluate, fits, solve, uniform_boundaries
+from lp_plugin.solver.solve import emptiest, evaluate, fits, solve, uniform_boundaries
 
 ONE = Workload(batch=1, sequence=1, micro_batch=1)
 FREE = Link(name="free", bandwidth_bytes_per_second=1.0, latency_seconds=0.0)

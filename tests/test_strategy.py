@@ -14,15 +14,15 @@ from small_cases import FREE, device
 from strategies import STEADY, clusters, cost_profiles, profiles, workloads
 
 from lp_plugin import Cluster, ModelProfile, Workload, WorkloadError
-from lp_plugin.layouts import Strategy, layouts
 from lp_plugin.objective import Constraints
-from lp_plugin.outcome import Outcomes
-from lp_plugin.strategy import (
+from lp_plugin.strategy.compare import (
     compare,
     micro_batch_sweep,
     on_front,
     usual_strategies,
 )
+from lp_plugin.strategy.layouts import Strategy, layouts
+from lp_plugin.strategy.outcome import Outcomes
 
 FEW = settings(STEADY, max_examples=40)
 

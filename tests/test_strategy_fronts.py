@@ -12,10 +12,10 @@ from small_cases import device
 from strategies import STEADY
 
 from lp_plugin import Cluster, Link, ModelProfile, Workload, WorkloadError
-from lp_plugin.layouts import Strategy
-from lp_plugin.outcome import Outcome
-from lp_plugin.solve import evaluate
-from lp_plugin.strategy import SweepRow, best_of, compare, filling_crossover, on_front, sweep_crossover
+from lp_plugin.solver.solve import evaluate
+from lp_plugin.strategy.compare import SweepRow, best_of, compare, filling_crossover, on_front, sweep_crossover
+from lp_plugin.strategy.layouts import Strategy
+from lp_plugin.strategy.outcome import Outcome
 
 RATES = st.integers(0, 4).map(float)
 

@@ -14,11 +14,11 @@ from small_cases import FREE, device
 from strategies import STEADY, clusters, profiles, workloads
 
 from lp_plugin import Cluster, LayerCost, Link, ModelProfile, Workload
-from lp_plugin.layouts import Strategy, layouts
 from lp_plugin.objective import Constraints
-from lp_plugin.outcome import Outcome, Outcomes
-from lp_plugin.solve import evaluate, fits
-from lp_plugin.strategy import compare
+from lp_plugin.solver.solve import evaluate, fits
+from lp_plugin.strategy.compare import compare
+from lp_plugin.strategy.layouts import Strategy, layouts
+from lp_plugin.strategy.outcome import Outcome, Outcomes
 
 FEW = settings(STEADY, max_examples=40)
 

@@ -8,9 +8,9 @@ import pytest
 from dense16 import BASELINE, PIPELINE, REPLICAS, dense
 
 from lp_plugin import Cluster, ModelProfile, Workload
-from lp_plugin.layouts import Strategy
 from lp_plugin.objective import Constraints
-from lp_plugin.strategy import Comparison, compare, study
+from lp_plugin.strategy.compare import Comparison, compare, study
+from lp_plugin.strategy.layouts import Strategy
 
 
 @pytest.fixture(scope="module")

@@ -13,9 +13,9 @@ from small_cases import FREE, device
 
 from lp_plugin import Cluster, InvalidInputError, LayerCost, ModelProfile, Workload
 from lp_plugin.report import WIDTH, as_text
-from lp_plugin.strategy import Study, filling_crossover, study, sweep_crossover
-from lp_plugin.strategy_picture import strategy_picture
-from lp_plugin.strategy_report import equal_batch_table, footprint, strategy_report, strategy_table, sweep_table
+from lp_plugin.strategy.compare import Study, filling_crossover, study, sweep_crossover
+from lp_plugin.strategy.picture import strategy_picture
+from lp_plugin.strategy.report import equal_batch_table, footprint, strategy_report, strategy_table, sweep_table
 
 RULE = re.compile(r"^ ─+$")
 
@@ -207,7 +207,7 @@ def test_pictures_that_can_not_be_drawn(reference: Study, nothing_fits: Study, t
 
 
 def test_matplotlib_is_loaded_for_pictures_alone() -> None:
-    code = "import sys, lp_plugin.strategy_report, lp_plugin.strategy_picture; print('matplotlib' in sys.modules)"
+    code = "import sys, lp_plugin.strategy.report, lp_plugin.strategy.picture; print('matplotlib' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert done.stdout.strip() == "False"
 

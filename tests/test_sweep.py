@@ -16,8 +16,8 @@ from lp_plugin.errors import InfeasibleError
 from lp_plugin.objective import Constraints
 from lp_plugin.quantity import format_seconds
 from lp_plugin.report import WIDTH, as_text
-from lp_plugin.sweep import MOST_POINTS, Grid, Point, parse_clusters, parse_names, parse_numbers, sweep
-from lp_plugin.sweep_report import save_csv, sweep_csv, sweep_report, sweep_table, sweep_title
+from lp_plugin.sweep.grid import MOST_POINTS, Grid, Point, parse_clusters, parse_names, parse_numbers, sweep
+from lp_plugin.sweep.report import save_csv, sweep_csv, sweep_report, sweep_table, sweep_title
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 DECODE = Workload(phase="decode", batch=1, sequence=1)

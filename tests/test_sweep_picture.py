@@ -9,8 +9,8 @@ import pytest
 from matplotlib.image import imread
 
 from lp_plugin import InvalidInputError
-from lp_plugin.sweep import Point
-from lp_plugin.sweep_picture import sweep_picture
+from lp_plugin.sweep.grid import Point
+from lp_plugin.sweep.picture import sweep_picture
 
 
 def point(**changed: object) -> Point:

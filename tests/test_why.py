@@ -13,13 +13,13 @@ from small_cases import FREE, ONE, chain, device, every_plan, keeps
 from strategies import STEADY, clusters, cost_profiles, profiles, workloads
 
 from lp_plugin import Cluster, LayerCost, Link, MemoryTier, ModelProfile, Plan, Workload, make_plan
-from lp_plugin.cost import stage_tables
-from lp_plugin.criteria import StageLimits, stage_limits
-from lp_plugin.margins import NO_GAIN, PlanCase, fewest_devices, grown, head_room, least_seconds, slowest_parts
 from lp_plugin.objective import Constraints
 from lp_plugin.quantity import format_seconds
-from lp_plugin.solve import evaluate, solve
-from lp_plugin.why import why_notes
+from lp_plugin.solver.cost import stage_tables
+from lp_plugin.solver.criteria import StageLimits, stage_limits
+from lp_plugin.solver.solve import evaluate, solve
+from lp_plugin.why.margins import NO_GAIN, PlanCase, fewest_devices, grown, head_room, least_seconds, slowest_parts
+from lp_plugin.why.reasons import why_notes
 
 DENSE16 = Path(__file__).parent.parent / "examples" / "dense16"
 REFERENCE = Workload(batch=1024, sequence=10_000)

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from deepspeed.pipe import LayerSpec, TiedLayerSpec
 
-from lp_plugin.architecture import DTYPE_BYTES
 from lp_plugin.model import LayerCost, ModelProfile
+from lp_plugin.model.architecture import DTYPE_BYTES
 
 __all__ = ["build_layer", "counted_module", "distinct_numbers", "profile_layers", "undisturbed_random"]
 

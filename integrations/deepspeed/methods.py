@@ -21,10 +21,10 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.pipe import PipelineModule
 from deepspeed.utils import logger
 
-from lp_plugin.catalogue import load_link, load_network
-from lp_plugin.device import Device, slower_link
 from lp_plugin.errors import DeepSpeedConfigError, PlanFileError, RuntimeEnvironmentError
 from lp_plugin.hardware import Cluster
+from lp_plugin.hardware.catalogue import load_link, load_network
+from lp_plugin.hardware.device import Device, slower_link
 from lp_plugin.integrations.deepspeed.config import Settings
 from lp_plugin.integrations.deepspeed.layers import build_layer, distinct_numbers, profile_layers, undisturbed_random
 from lp_plugin.integrations.deepspeed.sample import sample_input

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from lp_plugin.errors import MissingDependencyError, PartitionFormatError, WorldSizeError
-from lp_plugin.exchange import Partitioned, blocks_per_stage
+from lp_plugin.exchange.counts import Partitioned, blocks_per_stage
 from lp_plugin.integrations.formats import expressible
 
 try:

@@ -20,7 +20,7 @@ from lp_plugin.model import ModelProfile
 from lp_plugin.plan import Plan
 from lp_plugin.planner import make_plan
 from lp_plugin.report import as_text, stage_table
-from lp_plugin.solve import evaluate, fits
+from lp_plugin.solver.solve import evaluate, fits
 from lp_plugin.workload import Workload
 
 __all__ = ["HFPipelineModule"]

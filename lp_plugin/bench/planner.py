@@ -18,14 +18,14 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from lp_plugin.cost import stage_tables
-from lp_plugin.criteria import Seconds, StageLimits
 from lp_plugin.errors import InvalidInputError
 from lp_plugin.hardware import Cluster, Device, Link, MemoryTier
 from lp_plugin.model import LayerCost, ModelProfile
-from lp_plugin.partition import partition
 from lp_plugin.planfile import write_atomically
 from lp_plugin.quantity import format_seconds
+from lp_plugin.solver.cost import stage_tables
+from lp_plugin.solver.criteria import Seconds, StageLimits
+from lp_plugin.solver.partition import partition
 from lp_plugin.workload import Workload
 
 __all__ = ["compare_planners"]

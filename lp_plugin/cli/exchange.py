@@ -10,12 +10,12 @@ import typer
 from lp_plugin.cli import request as ask
 from lp_plugin.cli.app import app, console
 from lp_plugin.errors import InvalidInputError, PartitionFormatError, PlanFileError, WorkloadError
-from lp_plugin.handwritten import score_partitions, score_table
+from lp_plugin.exchange.handwritten import score_partitions, score_table
+from lp_plugin.exchange.rules import RULES, boundaries_of_rule
 from lp_plugin.integrations.formats import FORMATS, export_partition, import_partition
 from lp_plugin.model import ModelProfile
 from lp_plugin.planfile import load_plan, save_plan, write_atomically
 from lp_plugin.report import stage_table
-from lp_plugin.rules import RULES, boundaries_of_rule
 
 __all__ = ["export", "score"]
 

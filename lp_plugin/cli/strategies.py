@@ -8,8 +8,8 @@ from lp_plugin.cli.app import console
 from lp_plugin.hardware import Cluster
 from lp_plugin.model import ModelProfile
 from lp_plugin.objective import Constraints
-from lp_plugin.strategy import study
-from lp_plugin.strategy_report import strategy_report
+from lp_plugin.strategy.compare import study
+from lp_plugin.strategy.report import strategy_report
 from lp_plugin.workload import Workload
 
 __all__ = ["compare_all"]
@@ -22,7 +22,7 @@ def compare_all(
     studied = study(profile, cluster, workload, constraints)
     console().print(strategy_report(studied))
     if picture is not None:
-        from lp_plugin.strategy_picture import strategy_picture  # noqa: PLC0415 - matplotlib is slow to import
+        from lp_plugin.strategy.picture import strategy_picture  # noqa: PLC0415 - matplotlib is slow to import
 
         strategy_picture(studied, picture)
         console().print(f"picture written to {picture}")

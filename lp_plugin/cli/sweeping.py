@@ -9,14 +9,14 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from lp_plugin.architecture import DTYPE_BYTES
 from lp_plugin.cli import request as ask
 from lp_plugin.cli.app import app, console
 from lp_plugin.model import ModelProfile
-from lp_plugin.quantization import WEIGHT_DTYPES
-from lp_plugin.sweep import Grid, Point, parse_clusters, parse_names, parse_numbers
-from lp_plugin.sweep import sweep as planned_points
-from lp_plugin.sweep_report import save_csv, sweep_report
+from lp_plugin.model.architecture import DTYPE_BYTES
+from lp_plugin.model.quantization import WEIGHT_DTYPES
+from lp_plugin.sweep.grid import Grid, Point, parse_clusters, parse_names, parse_numbers
+from lp_plugin.sweep.grid import sweep as planned_points
+from lp_plugin.sweep.report import save_csv, sweep_report
 
 __all__ = ["sweep"]
 
@@ -74,7 +74,7 @@ def sweep(
         save_csv(points, csv)
         console().print(f"figures written to {csv}")
     if picture is not None:
-        from lp_plugin.sweep_picture import sweep_picture  # noqa: PLC0415 - matplotlib is slow to import
+        from lp_plugin.sweep.picture import sweep_picture  # noqa: PLC0415 - matplotlib is slow to import
 
         sweep_picture(points, picture)
         console().print(f"picture written to {picture}")

@@ -7,9 +7,9 @@ import os
 
 import torch
 
-from lp_plugin.catalogue import catalogue, load_device
-from lp_plugin.device import Device
 from lp_plugin.errors import HardwareError
+from lp_plugin.hardware.catalogue import catalogue, load_device
+from lp_plugin.hardware.device import Device
 
 __all__ = ["detect_device"]
 

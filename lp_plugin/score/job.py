@@ -7,7 +7,6 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from lp_plugin.architecture import read_config
 from lp_plugin.errors import (
     DocumentError,
     LpPluginError,
@@ -18,6 +17,7 @@ from lp_plugin.errors import (
 )
 from lp_plugin.hardware import Cluster
 from lp_plugin.model import ModelProfile
+from lp_plugin.model.architecture import read_config
 from lp_plugin.plan import Plan
 from lp_plugin.planfile import check_model, load_plan
 from lp_plugin.score.documents import TokenizedDocuments, read_documents, tokenize

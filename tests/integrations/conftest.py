@@ -6,15 +6,10 @@ import os
 import signal
 import socket
 import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-
-BIN = Path(sys.executable).parent
-"""torchrun, deepspeed and lp-plugin of this environment."""
-Start = Callable[..., str]
+from commands import BIN, Start
 
 
 @pytest.fixture(scope="session")

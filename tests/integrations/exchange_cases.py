@@ -26,7 +26,7 @@ from lp_plugin.integrations.deepspeed.engine import init_distributed, quiet
 from lp_plugin.integrations.formats import export_partition, import_partition
 from lp_plugin.integrations.torch_pipelining import stage_module
 from lp_plugin.integrations.transformers.native_pp import native_split
-from lp_plugin.solve import evaluate
+from lp_plugin.solver.solve import evaluate
 
 RANK = int(os.environ["RANK"])
 BLOCKS = 5

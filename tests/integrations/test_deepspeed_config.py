@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import BIN
+from commands import BIN
 
 from lp_plugin.cli import main
 from lp_plugin.errors import DeepSpeedConfigError, InvalidInputError, LpPluginError, RuntimeEnvironmentError

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from lp_plugin import Cluster, ModelProfile, PartitionFormatError, Plan, Workload
 from lp_plugin.integrations.formats import export_partition, import_partition
 from lp_plugin.integrations.module_names import module_names, units_of
-from lp_plugin.solve import evaluate
+from lp_plugin.solver.solve import evaluate
 
 BLOCKS = 4
 CUTS = ((0, 3, 7), (0, 1, 5, 6, 7), (0, 1, 2, 3, 4, 5, 6, 7), (0, 6, 7))

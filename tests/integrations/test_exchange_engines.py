@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Start
+from commands import Start
 from families import make_batch, make_config, make_model
 from transformers import PreTrainedModel
 from transformers.distributed.pipeline_parallel import PipelineStage
@@ -16,7 +16,7 @@ from transformers.distributed.pipeline_parallel import PipelineStage
 from lp_plugin import Cluster, ModelProfile, PartitionFormatError, Plan, Workload, rules
 from lp_plugin.integrations.torch_pipelining import stage_module
 from lp_plugin.integrations.transformers.native_pp import native_split
-from lp_plugin.solve import evaluate
+from lp_plugin.solver.solve import evaluate
 
 CLOSE = 1e-5
 """Micro-batches of other shapes may be summed in another order."""

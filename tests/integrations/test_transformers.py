@@ -37,7 +37,7 @@ def rank_main(models: Path, results: Path) -> None:
     from lp_plugin import Cluster, ModelProfile, Workload
     from lp_plugin.integrations.deepspeed.engine import build_engine, init_distributed, quiet
     from lp_plugin.integrations.transformers.pipeline import HFPipelineModule
-    from lp_plugin.solve import evaluate
+    from lp_plugin.solver.solve import evaluate
 
     init_distributed()
     world = torch.distributed.get_world_size()

@@ -11,7 +11,7 @@ import torch
 from deepspeed import comm as dist
 
 from lp_plugin import ModelProfile
-from lp_plugin.catalogue import load_device
+from lp_plugin.hardware.catalogue import load_device
 from lp_plugin.integrations.deepspeed.engine import init_distributed
 from lp_plugin.integrations.deepspeed.methods import timed_profile
 

@@ -13,7 +13,7 @@ from lp_plugin.report import as_text
 from lp_plugin.schedule import Interval
 from lp_plugin.score.batches import Step
 from lp_plugin.score.outcome import Outcome, RankTimes
-from lp_plugin.solve import evaluate
+from lp_plugin.solver.solve import evaluate
 
 STEPS = (
     Step(rows=2, length=8, micro_batches=((0, 1), (2, 3), (4,))),  # 16 tokens a micro-batch, as planned

@@ -1,0 +1,1 @@
+"""What partitions have in common across engines; the texts are the business of ``lp_plugin.integrations``."""

@@ -1,0 +1,70 @@
+"""What one layer of a model costs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["LayerCost"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerCost:
+    """What one layer costs, per token where it grows with the tokens of a micro-batch."""
+
+    name: str
+    """Shown in tables, e.g. ``block 3``."""
+    kind: str = "layer"
+    """``embedding``, ``block``, ``attention``, ``mlp``, ``norm``, ``head``, or ``layer`` for anything else."""
+    block: int | None = None
+    """Number of the transformer block that the layer is, or is a part of; None for embedding, norm, head.
+    A decoder's go on from its encoder's."""
+    parameters: int = 0
+    """Number of parameters, shared ones included."""
+    weight_bytes: int = 0
+    """Bytes of the parameters as stored on the device, shared ones included."""
+    shared_key: str | None = None
+    """Layers with the same key in one stage hold the shared weights once."""
+    shared_bytes: int = 0
+    """The part of ``weight_bytes`` that layers of the same ``shared_key`` share."""
+    weight_traffic_bytes: int = 0
+    """Weight bytes read for every micro-batch, however small (0 for a table look-up)."""
+    traffic_bytes_per_token: float = 0.0
+    """Activation bytes read and written per token, each operation's inputs and outputs counted once."""
+    flops_per_token: float = 0.0
+    """Forward FLOPs per token in matrix products with weights (2 per weight)."""
+    flops_per_pair: float = 0.0
+    """Forward FLOPs per (query, key) pair that attention looks at."""
+    flops_per_cross_pair: float = 0.0
+    """Forward FLOPs per (query, source token) pair in cross-attention."""
+    window: int | None = None
+    """Keys a query can look back on, itself included; None for all. Not causal: half of it to each side."""
+    causal: bool = True
+    """False: a query sees the keys after it, too, as in encoders."""
+    runs_once: bool = False
+    """An encoder's layer: runs before decoding and costs no time in a decode step; its weights stay."""
+    output_bytes_per_token: float = 0.0
+    """Bytes handed to the next layer per token."""
+    buffer_bytes_per_token: float = 0.0
+    """Largest sum of temporary tensors alive at once inside the layer, per token."""
+    kv_bytes_per_token: int = 0
+    """Bytes that the KV cache keeps per token of context."""
+    kv_window: int | None = None
+    """Positions that the KV cache keeps at most, as transformers' own cache does; None for all."""
+    expert_bytes: int = 0
+    """The part of ``weight_bytes`` in routed experts, all of them; not in ``weight_traffic_bytes``."""
+    expert_parameters: int = 0
+    """The part of ``parameters`` in routed experts, all of them."""
+    num_experts: int = 0
+    """Routed experts of the layer."""
+    experts_per_token: int = 0
+    """Routed experts that each token passes."""
+    saved_bytes_per_token: float = 0.0
+    """What autograd keeps of the layer for its backward pass, per token, without checkpointing."""
+    num_all_reduces: int = 0
+    """All-reduces of one forward pass of a tensor-parallel layer; 0 if it is not sharded."""
+    all_reduce_bytes_per_token: float = 0.0
+    """Bytes per token of all of them together: the tensors' own size, before any factor of the algorithm."""
+    seconds: float | None = None
+    """Measured forward seconds of one micro-batch; replaces the roofline of `lp_plugin.solver.cost`."""
+    backward_seconds: float | None = None
+    """Measured backward seconds; None means twice the forward ones."""

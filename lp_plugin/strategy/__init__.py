@@ -1,0 +1,1 @@
+"""Data, tensor and pipeline parallelism and their mixes, compared on one cluster."""

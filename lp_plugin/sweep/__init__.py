@@ -1,0 +1,1 @@
+"""What if: plans over a grid of devices, batches, contexts and precisions."""
