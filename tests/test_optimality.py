@@ -12,8 +12,9 @@ from instances import OBJECTIVES, PHASES, random_cluster, random_constraints, ra
 from oracles import best_plan, by_layer
 from plain_stages import PlainStages
 
-from lp_plugin import Plan, partition
+from lp_plugin import Plan
 from lp_plugin.objective import Constraints
+from lp_plugin.solver import partition
 from lp_plugin.solver.solve import solve
 
 INSTANCES = 20_000

@@ -17,7 +17,7 @@ from oracles import all_cuts, brute_force, by_layer, parametric_search
 from strategies import STEADY
 
 from lp_plugin import WorkloadError
-from lp_plugin import partition as solver
+from lp_plugin.solver import partition as solver
 from lp_plugin.solver.partition import StageCosts, least_bottleneck, least_total, partition, stage_cost
 
 EXAMPLE = [4, 18, 2, 5, 12, 11]

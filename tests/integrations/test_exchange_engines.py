@@ -13,7 +13,8 @@ from families import make_batch, make_config, make_model
 from transformers import PreTrainedModel
 from transformers.distributed.pipeline_parallel import PipelineStage
 
-from lp_plugin import Cluster, ModelProfile, PartitionFormatError, Plan, Workload, rules
+from lp_plugin import Cluster, ModelProfile, PartitionFormatError, Plan, Workload
+from lp_plugin.exchange import rules
 from lp_plugin.integrations.torch_pipelining import stage_module
 from lp_plugin.integrations.transformers.native_pp import native_split
 from lp_plugin.solver.solve import evaluate
