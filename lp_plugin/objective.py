@@ -14,8 +14,9 @@ __all__ = ["Constraints", "Objective"]
 _LARGEST = 2**53  # larger whole numbers are no exact floats
 
 Objective = Literal["throughput", "latency", "sequences", "memory"]
-"""Slowest stage as fast as possible; least seconds through all stages; most sequences whose KV cache fits; fullest
-device as empty as possible. Among equals the slowest stage is as fast as possible, then the spread is smallest."""
+"""Slowest stage as fast as possible; least seconds through all stages (decoding: until the next token); most
+sequences whose KV cache fits; fullest device as empty as possible. Among equals the slowest stage is as fast as
+possible, then the spread is smallest."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +29,7 @@ class Constraints:
     """
 
     max_latency_seconds: float | None = None
-    """Seconds of one micro-batch through all stages."""
+    """Seconds of one micro-batch through all stages; decoding: until its turn comes again, its next token."""
     min_tokens_per_second: float | None = None
     """Tokens per second of a full pipeline: the slowest stage's rate, and when decoding the ring's."""
     min_sequences: int | None = None

@@ -153,8 +153,8 @@ class Plan:
 
     @property
     def latency_seconds(self) -> float:
-        """Seconds of one micro-batch through all stages; decoding: of one token."""
-        return sum(self.stage_seconds)
+        """Seconds of one micro-batch through all stages; decoding: until its turn comes again, its next token."""
+        return self.makespan_seconds if self.workload.phase == "decode" else sum(self.stage_seconds)
 
     @property
     def gap(self) -> float:

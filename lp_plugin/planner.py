@@ -91,6 +91,11 @@ def check_request(
             f"{profile.name} keeps no KV cache in {workload.phase}, so there is no room for sequences to plan for; "
             "plan for decode or prefill of a decoder, or choose another objective and leave min_sequences out."
         )
+    if workload.phase == "train" and profile.weight_dtype is not None:
+        raise WorkloadError(
+            f"{profile.name} is stored in {profile.weight_dtype}, which is not trained: gradients need whole weights; "
+            "plan for prefill or decode, or with weights in the model's dtype."
+        )
     stages = len(cluster.devices) if num_stages is None else num_stages
     if not isinstance(stages, int) or isinstance(stages, bool) or not 1 <= stages <= profile.num_layers:
         raise WorkloadError(

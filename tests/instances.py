@@ -6,7 +6,7 @@ import random
 from collections.abc import Sequence
 from itertools import pairwise
 
-from oracles import all_cuts
+from oracles import all_cuts, latency_of
 from plain_stages import PlainStages
 
 from lp_plugin import Cluster, Device, LayerCost, Link, MemoryTier, ModelProfile, Workload
@@ -140,7 +140,8 @@ def random_constraints(rng: random.Random, stage: PlainStages) -> Constraints:
         stages = [stage(position, *run) for position, run in enumerate(pairwise(bounds))]
         slowest = max(plain.seconds for plain in stages)
         if name == "max_latency_seconds":
-            given[name] = sum(plain.seconds for plain in stages) * rng.choice([1, 1, 0.75, 1.5])
+            through = latency_of([plain.seconds for plain in stages], stage.workload)
+            given[name] = through * rng.choice([1, 1, 0.75, 1.5])
         elif name == "min_tokens_per_second" and slowest:
             micro_batches = -(-stage.workload.batch // stage.workload.micro_batch)
             given[name] = stage.workload.total_tokens / (slowest * micro_batches) * rng.choice([1, 1, 0.5, 1.5])

@@ -173,7 +173,7 @@ def _ranked(stage: PlainStages, stages: list[PlainStage], bounds: tuple[int, ...
     seconds = [plain.seconds for plain in stages]
     values = {
         "throughput": max(seconds),
-        "latency": sum(seconds),
+        "latency": latency_of(seconds, stage.workload),
         "sequences": -min(plain.room for plain in stages),
         "memory": max(
             plain.memory_bytes / device.memory.usable_bytes
@@ -188,9 +188,16 @@ def within(stage: PlainStages, stages: list[PlainStage], constraints: Constraint
     latency = constraints.max_latency_seconds
     return (
         all(_holds(plain, device, constraints) for plain, device in zip(stages, stage.cluster.devices, strict=True))
-        and (latency is None or sum(plain.seconds for plain in stages) <= latency)
+        and (latency is None or latency_of([plain.seconds for plain in stages], stage.workload) <= latency)
         and _is_fast([plain.seconds for plain in stages], stage.workload, constraints.min_tokens_per_second)
     )
+
+
+def latency_of(seconds: list[float], workload: Workload) -> float:
+    """A way through all stages; decoding, a turn: no stage can begin the next one before it has seen all."""
+    if workload.phase != "decode":
+        return sum(seconds)
+    return max(sum(seconds), len(range(0, workload.batch, workload.micro_batch)) * max(seconds))
 
 
 def _holds(plain: PlainStage, device: Device, constraints: Constraints) -> bool:

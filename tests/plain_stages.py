@@ -234,7 +234,7 @@ class PlainStages:
             self._passes * products / (dict(device.peak_flops)[self.profile.dtype] * device.compute_efficiency),
             self._passes * moved / (level.bandwidth_bytes_per_second * level.bandwidth_efficiency)
             + streamed / (slowest.bandwidth_bytes_per_second * slowest.bandwidth_efficiency),
-            device.layer_overhead_seconds * launches,
+            self._passes * device.layer_overhead_seconds * launches,
         )
 
     def _all_reduces(self, layer: LayerCost, position: int) -> float:

@@ -173,3 +173,31 @@ def test_any_finite_costs_make_a_profile(seconds: list[float]) -> None:
 def test_layers_are_values() -> None:
     assert LayerCost(name="a") == LayerCost(name="a")
     assert len({LayerCost(name="a"), LayerCost(name="a")}) == 1
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(("weight_bytes", value) for value in (-1, None, "1", True, float("nan"), 10**40)),
+        *(("flops_per_token", value) for value in (float("inf"), float("nan"), -0.5)),
+        *(("seconds", value) for value in (float("inf"), float("nan"), -1.0)),
+        ("window", -1),
+        ("kv_window", float("nan")),
+    ],
+)
+def test_costs_that_are_no_amounts_are_refused(field: str, value: Any) -> None:
+    layers = (LayerCost(name="good"), LayerCost(name="bad", **{field: value}))
+    with pytest.raises(ModelConfigError, match=f"layer 'bad': {field} is "):
+        ModelProfile(name="made by hand", layers=layers, dtype="float32")
+
+
+def test_experts_that_no_token_can_pass_are_refused() -> None:
+    layer = LayerCost(name="bad", expert_bytes=8, num_experts=2, experts_per_token=3)
+    with pytest.raises(ModelConfigError, match="experts_per_token is 3 of num_experts 2"):
+        ModelProfile(name="made by hand", layers=(layer,), dtype="float32")
+
+
+def test_layers_of_one_name_are_refused() -> None:
+    layers = (LayerCost(name="a"), LayerCost(name="b"), LayerCost(name="a"))
+    with pytest.raises(ModelConfigError, match="the name 'a' stands for two layers"):
+        ModelProfile(name="made by hand", layers=layers, dtype="float32")

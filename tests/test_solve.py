@@ -133,13 +133,13 @@ def test_each_objective_has_a_partition_of_its_own() -> None:
     columns = [(2, 70, 30, 5), (4, 40, 30, 1), (5, 70, 1, 5), (8, 40, 10, 5), (7, 40, 1, 1), (4, 40, 10, 1)]
     layers = tuple(
         LayerCost(
-            name=str(seconds),
+            name=str(index),
             seconds=float(seconds),
             weight_bytes=weight,
             kv_bytes_per_token=kept,
             output_bytes_per_token=output,
         )
-        for seconds, weight, kept, output in columns
+        for index, (seconds, weight, kept, output) in enumerate(columns)
     )
     profile = ModelProfile(name="torn", layers=layers, dtype="float32", input_bytes_per_token=0.0)
     cluster = Cluster.homogeneous(device(1000), 3, FREE)

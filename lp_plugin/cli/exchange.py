@@ -47,7 +47,8 @@ def score(
     profile, devices = ask.described(model, cluster, dtype=dtype, weights=weights, granularity=granularity)
     workload = ask.workload_of(phase, batch, sequence, micro_batch)
     named = [_imported(text, profile, stages) for text in partition or ()]
-    count = stages or (len(named[0][1]) - 1 if named else len(devices.devices))
+    found = len(named[0][1]) - 1 if named else len(devices.devices)
+    count = found if stages is None else stages
     named += _ruled(rule or [], profile, count)
     if not named:
         raise WorkloadError("nothing to score; give --partition FORMAT:TEXT or --rule NAME.")

@@ -65,10 +65,11 @@ def plan(
     )
     bounds = ask.constraints_of(max_latency, min_tokens_per_second, min_sequences, max_memory, tier)
     if strategy == "all":
-        if stages is not None or tensor_parallel > 1 or best_order or output is not None:
+        decided = stages is not None or tensor_parallel != 1 or best_order or output is not None
+        if decided or objective != "throughput":
             raise WorkloadError(
-                "--strategy all tries every number of stages and shards, and decides nothing; leave out --stages, "
-                "--tensor-parallel, --best-order and -o, and plan the strategy of your choice with them."
+                "--strategy all tries every number of stages and shards, and decides nothing; leave "
+                "out --stages, --tensor-parallel, --best-order, --objective and -o, and plan your choice with them."
             )
         from lp_plugin.cli.strategies import compare_all  # noqa: PLC0415 - only this option needs it
 

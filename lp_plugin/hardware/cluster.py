@@ -14,10 +14,10 @@ from typing import Any
 
 from lp_plugin.errors import HardwareError
 from lp_plugin.hardware.catalogue import load_device, load_link, load_network, load_node_size, read_chain
-from lp_plugin.hardware.device import COMPARED_BYTES, Device, Link, MemoryTier, check_count, is_whole, slower_link
+from lp_plugin.hardware.device import COMPARED_BYTES, Device, Link, check_count, is_whole, slower_link
 from lp_plugin.quantity import shown
 
-__all__ = ["Cluster", "Device", "Link", "MemoryTier", "slower_link"]
+__all__ = ["Cluster"]
 
 _SPEC = re.compile(r"([^:]*):(?:([0-9]{1,9})x)?([0-9]{1,9})")
 

@@ -237,9 +237,9 @@ def read_config(path: str | Path) -> dict[str, Any]:
         ModelConfigError: If it is missing, unreadable, or not a JSON object.
     """
     file = Path(path)
-    if file.is_dir():
-        file = file / "config.json"
     try:
+        if file.is_dir():
+            file = file / "config.json"
         config = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ModelConfigError(

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["LayerCost"]
+from lp_plugin.errors import ModelConfigError
+from lp_plugin.quantity import shown
+
+__all__ = ["LayerCost", "check_layers"]
+
+_LARGEST = 1e30  # of any cost: beyond what exists, and sums of it stay finite
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +71,40 @@ class LayerCost:
     all_reduce_bytes_per_token: float = 0.0
     """Bytes per token of all of them together: the tensors' own size, before any factor of the algorithm."""
     seconds: float | None = None
-    """Measured forward seconds of one micro-batch; replaces the roofline of `lp_plugin.solver.cost`."""
+    """Measured forward seconds of one micro-batch; replaces the roofline of `lp_plugin.solver.layer_table`."""
     backward_seconds: float | None = None
     """Measured backward seconds; None means twice the forward ones."""
+
+
+_AMOUNTS = tuple(
+    name
+    for name, kind in LayerCost.__annotations__.items()
+    if name not in {"name", "kind", "shared_key", "causal", "runs_once"} and ("int" in kind or "float" in kind)
+)
+
+
+def check_layers(layers: Sequence[LayerCost]) -> None:
+    """Refuses costs that are no finite amounts, and names that come twice.
+
+    Raises:
+        ModelConfigError: Naming the layer and the field.
+    """
+    for field in _AMOUNTS:
+        for layer in layers:
+            value = getattr(layer, field)
+            if value is None and "None" in LayerCost.__annotations__[field]:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= _LARGEST:
+                raise ModelConfigError(
+                    f"layer {shown(layer.name)}: {field} is {shown(value)}; it must be a number of 0 to {_LARGEST:g}."
+                )
+    for layer in layers:
+        if layer.expert_bytes and not 1 <= layer.experts_per_token <= layer.num_experts:
+            raise ModelConfigError(
+                f"layer {shown(layer.name)}: experts_per_token is {layer.experts_per_token} of num_experts "
+                f"{layer.num_experts}; a layer with expert_bytes sends each token to 1 or more, at most to all."
+            )
+    names = [layer.name for layer in layers]
+    if len(set(names)) < len(names):
+        twice = next(name for place, name in enumerate(names) if name in names[:place])
+        raise ModelConfigError(f"the name {shown(twice)} stands for two layers; give each layer a name of its own.")

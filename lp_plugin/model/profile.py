@@ -16,11 +16,11 @@ from typing import Any, get_args
 from lp_plugin.errors import ModelConfigError, WorkloadError
 from lp_plugin.hardware import Device
 from lp_plugin.model.architecture import DTYPE_BYTES, Architecture, read_architecture, read_config
-from lp_plugin.model.layer_cost import LayerCost
+from lp_plugin.model.layer_cost import LayerCost, check_layers
 from lp_plugin.model.layers import Granularity, count_layers
 from lp_plugin.model.quantization import read_quantization
 
-__all__ = ["LayerCost", "ModelProfile"]
+__all__ = ["ModelProfile"]
 
 _MAX_LAYERS = 20_000
 _MAX_DEVICES = 2**20
@@ -60,6 +60,7 @@ class ModelProfile:
     def __post_init__(self) -> None:
         if not self.layers:
             raise ModelConfigError("the model has no layers; a pipeline needs at least one.")
+        check_layers(self.layers)
 
     @property
     def num_layers(self) -> int:

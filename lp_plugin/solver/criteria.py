@@ -6,6 +6,7 @@ make ``inner`` infinite; a limit on seconds, which depend on the cuts too, is le
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -21,7 +22,16 @@ from lp_plugin.solver.cost import StageTable
 from lp_plugin.solver.layer_table import FloatArray, IntArray
 from lp_plugin.workload import Workload
 
-__all__ = ["Criterion", "MemoryShare", "MissingRoom", "Seconds", "StageLimits", "most_room", "stage_limits"]
+__all__ = [
+    "Criterion",
+    "MemoryShare",
+    "MissingRoom",
+    "Seconds",
+    "StageLimits",
+    "most_room",
+    "stage_limits",
+    "turn_limits",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +54,8 @@ def stage_limits(constraints: Constraints, workload: Workload) -> tuple[StageLim
     """Limits of each stage, and of the sum of all stages' seconds, that a user's constraints come to.
 
     A rate of full-pipeline tokens per second is a limit on the slowest stage; when decoding, where a micro-batch
-    comes round only after all stages, on their sum as well.
+    comes round only after all stages, on their sum as well. A latency is a limit on that sum; when decoding, where the
+    other micro-batches come between, on the slowest stage as well.
     """
     total = constraints.max_latency_seconds if constraints.max_latency_seconds is not None else float("inf")
     seconds = float("inf")
@@ -60,7 +71,17 @@ def stage_limits(constraints: Constraints, workload: Workload) -> tuple[StageLim
         sequences=constraints.min_sequences or 0,
         tier=constraints.tier,
     )
+    if workload.phase == "decode" and constraints.max_latency_seconds is not None:
+        limits = turn_limits(limits, constraints.max_latency_seconds, workload.num_micro_batches)
     return limits, total
+
+
+def turn_limits(limits: StageLimits, latency_seconds: float, rounds: int) -> StageLimits:
+    """Limits under which the slowest stage works off all micro-batches of a turn in time; the same without turns."""
+    if not rounds:
+        return limits
+    slowest = _largest(lambda value: rounds * value <= latency_seconds, latency_seconds / rounds)
+    return dataclasses.replace(limits, seconds=min(limits.seconds, slowest))
 
 
 def _largest(holds: Callable[[float], bool], near: float) -> float:

@@ -4,7 +4,8 @@ A layer takes ``max(FLOPs / achieved FLOP/s, traffic / achieved bandwidth of its
 (the roofline of Williams et al., 2009), or its measured seconds; tensor parallelism adds its all-reduces.
 Training computes forward and twice as much backward; with checkpointing the forward pass twice.
 
-Not modelled: overlap of communication with compute, power limits, kernels that are unlike a large matrix product.
+Not modelled: the optimizer's step, overlap of communication with compute, power limits, kernels that are unlike a
+large matrix product.
 """
 
 from __future__ import annotations
@@ -189,13 +190,18 @@ class LayerTable:
         return seconds if group is None else seconds + self._all_reduce_seconds(*group)
 
     def _roofline(self, device: Device, tier: int) -> FloatArray:
-        overhead = self._active * _column(
-            [device.layer_overhead_seconds * _LAUNCHES.get(layer.kind, 0.0) for layer in self.layers]
+        overhead = (
+            self.passes
+            * self._active
+            * _column([device.layer_overhead_seconds * _LAUNCHES.get(layer.kind, 0.0) for layer in self.layers])
         )
         compute = self.flops / device.flops(self._dtype)
+        return np.maximum(np.maximum(compute, self.moving_seconds(device, tier)), overhead)
+
+    def moving_seconds(self, device: Device, tier: int) -> FloatArray:
+        """Seconds that each layer's traffic takes when its stage lives in ``device.tiers[tier]``; [num_layers]."""
         rate, slowest_rate = (device.tiers[index].achieved_bytes_per_second for index in (tier, -1))
-        moving = (self.traffic - self.streamed) / rate + self.streamed / slowest_rate
-        return np.maximum(np.maximum(compute, moving), overhead)
+        return (self.traffic - self.streamed) / rate + self.streamed / slowest_rate
 
     def _all_reduce_seconds(self, link: Link, size: int) -> FloatArray:
         def layer_seconds(layer: LayerCost) -> float:

@@ -17,12 +17,21 @@ from lp_plugin.objective import Constraints, Objective
 from lp_plugin.plan import LayerFootprint, Plan, Stage
 from lp_plugin.quantity import shown
 from lp_plugin.solver.cost import StageTable, bottleneck_seconds, stage_tables, work_lower_bound
-from lp_plugin.solver.criteria import Criterion, MemoryShare, MissingRoom, Seconds, StageLimits, most_room, stage_limits
+from lp_plugin.solver.criteria import (
+    Criterion,
+    MemoryShare,
+    MissingRoom,
+    Seconds,
+    StageLimits,
+    most_room,
+    stage_limits,
+    turn_limits,
+)
 from lp_plugin.solver.layer_table import IntArray
 from lp_plugin.solver.partition import least_bottleneck, least_total, partition
 from lp_plugin.workload import Workload
 
-__all__ = ["emptiest", "evaluate", "fits", "solve", "uniform_boundaries"]
+__all__ = ["emptiest", "evaluate", "fits", "least_latency", "solve", "uniform_boundaries"]
 
 
 def solve(
@@ -44,7 +53,8 @@ def solve(
     """
     bounds = constraints or Constraints()
     tables = stage_tables(profile, cluster, workload)
-    boundaries = _Search(tables, profile.num_layers, *stage_limits(bounds, workload)).best(objective)
+    search = _Search(tables, profile.num_layers, *stage_limits(bounds, workload), rounds=_rounds(workload))
+    boundaries = search.best(objective)
     if boundaries is None:
         return None
     return _describe(profile, cluster, workload, tables, boundaries, objective, bounds)
@@ -53,20 +63,23 @@ def solve(
 class _Search:
     """One objective after the other over the same tables."""
 
-    def __init__(self, tables: list[StageTable], num_layers: int, limits: StageLimits, total_limit: float) -> None:
+    def __init__(
+        self, tables: list[StageTable], num_layers: int, limits: StageLimits, total_limit: float, *, rounds: int
+    ) -> None:
         self._tables = tables
         self._num_layers = num_layers
         self._limits = limits
         self._total_limit = total_limit
+        self._rounds = rounds
 
     def best(self, objective: Objective) -> tuple[int, ...] | None:
         """Boundaries; None if nothing is within the limits."""
         limits, total = self._limits, self._total_limit
         if objective == "latency":
-            least = least_total(self._seconds(limits), self._num_layers)
-            if least > total:
+            least = least_latency(self._tables, self._num_layers, limits, total, self._rounds)
+            if least == math.inf:
                 return None
-            total = least
+            limits, total = turn_limits(limits, least, self._rounds), min(total, least)
         elif objective == "memory":
             limits = dataclasses.replace(limits, memory_share=self._least_share())
         elif objective == "sequences":
@@ -93,6 +106,46 @@ class _Search:
         """A criterion per position; equal tables share one."""
         made = {id(table): make(table) for table in self._tables}
         return [made[id(table)] for table in self._tables]
+
+
+def least_latency(
+    tables: Sequence[StageTable], num_layers: int, limits: StageLimits, total_limit: float, rounds: int
+) -> float:
+    """Least seconds until a micro-batch is through; when decoding, until its turn comes again.
+
+    A turn takes as long as its way through all stages, and at least as long as the slowest stage needs for all
+    micro-batches. Partitions are looked at by rising total: those with at most this total have no faster slowest stage
+    than the one found, so what is left has a faster one, and a larger total.
+
+    Args:
+        tables: Of each stage position.
+        num_layers: Layers to place.
+        limits: Of each stage.
+        total_limit: Of the sum of all stages' seconds.
+        rounds: Micro-batches that take turns; 0 unless decoding.
+
+    Returns:
+        Seconds; inf if nothing is within the limits.
+    """
+
+    def seconds(within: StageLimits) -> list[Seconds]:
+        made = {id(table): Seconds(table, within) for table in tables}
+        return [made[id(table)] for table in tables]
+
+    best, costs = math.inf, seconds(limits)
+    total = least_total(costs, num_layers)
+    while total < best and total <= total_limit:
+        if not rounds:
+            return total
+        slowest = least_bottleneck(costs, num_layers, totals=costs, total_limit=total)
+        best = min(best, max(total, rounds * slowest))
+        costs = seconds(dataclasses.replace(limits, seconds=math.nextafter(slowest, 0.0)))
+        total = least_total(costs, num_layers)
+    return best
+
+
+def _rounds(workload: Workload) -> int:
+    return workload.num_micro_batches if workload.phase == "decode" else 0
 
 
 def evaluate(profile: ModelProfile, cluster: Cluster, workload: Workload, boundaries: Sequence[int]) -> Plan:
@@ -134,7 +187,9 @@ def fits(plan: Plan) -> bool:
 def emptiest(profile: ModelProfile, cluster: Cluster, workload: Workload) -> Plan:
     """The plan whose fullest device is as empty as possible, whether or not it fits."""
     tables = stage_tables(profile, cluster, workload)
-    boundaries = _Search(tables, profile.num_layers, StageLimits(memory_share=math.inf), math.inf).best("memory")
+    boundaries = _Search(tables, profile.num_layers, StageLimits(memory_share=math.inf), math.inf, rounds=0).best(
+        "memory"
+    )
     if boundaries is None:
         raise InfeasibleError("a layer's memory is not a finite number; check the profile.")
     return _describe(profile, cluster, workload, tables, boundaries, "memory", Constraints())
@@ -238,6 +293,6 @@ def _figures(table: StageTable, starts: IntArray, stops: IntArray) -> Iterator[d
             "device": device.name,
             "tier": device.tiers[int(tier)].name,
             "capacity_bytes": device.memory.usable_bytes,
-            "reserved_bytes": device.memory.capacity_bytes - device.memory.usable_bytes,
+            "reserved_bytes": device.reserved_bytes,
             "max_sequences": max(int(room[index]), 0) if has_room else None,
         }

@@ -194,7 +194,7 @@ class Outcomes:
 
     def _solved(self, strategy: Strategy, sequences: int, micro_batch: int) -> Outcome | None:
         workload = self._workload(strategy, sequences, micro_batch)
-        limits = _of_a_replica(self.constraints, strategy.data_parallel)
+        limits = _of_a_replica(self.constraints, strategy.data_parallel, sequences, self.workload.batch)
         plans = {}
         for replica in self._parts(strategy):
             plan = solve(self._profile(strategy), replica, workload, "throughput", limits)
@@ -325,11 +325,11 @@ def _weight_bytes(table: LayerTable, plan: Plan) -> float:
     return touched - read * plan.workload.chosen_micro_batch
 
 
-def _of_a_replica(constraints: Constraints, replicas: int) -> Constraints:
-    """A replica's part of what all of them must reach."""
+def _of_a_replica(constraints: Constraints, replicas: int, sequences: int, batch: int) -> Constraints:
+    """A replica's part of what all of them must reach: the fullest one has ``sequences``, the last one what is left."""
     rate, room = constraints.min_tokens_per_second, constraints.min_sequences
     return dataclasses.replace(
         constraints,
-        min_tokens_per_second=None if rate is None else rate / replicas,
+        min_tokens_per_second=None if rate is None else rate * sequences / min(batch, replicas * sequences),
         min_sequences=None if room is None else -(-room // replicas),
     )

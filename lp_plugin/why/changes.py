@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from decimal import ROUND_CEILING, ROUND_FLOOR, ROUND_HALF_EVEN, Context, Decimal
 from functools import partial
 
-from lp_plugin.errors import LpPluginError
+from lp_plugin.errors import HardwareError, LpPluginError
 from lp_plugin.hardware import Cluster, Link
 from lp_plugin.model import ModelProfile
 from lp_plugin.model.layers import count_layers
 from lp_plugin.quantity import format_bytes, format_seconds, parse_bytes, parse_seconds
 from lp_plugin.why.feasible import Request, attainable, largest_integer
 from lp_plugin.why.margins import grown
+from lp_plugin.wiring import kinds_of
 
 __all__ = ["Relaxation", "relaxations", "remedies", "smallest_layers", "tier_remedies"]
 
@@ -178,12 +179,16 @@ def _training(request: Request) -> Iterator[_Change]:
 def _last_device(request: Request) -> Iterator[_Change]:
     """Another device last, where the head is."""
     cluster = request.cluster
-    kinds = {device: position for position, device in enumerate(cluster.devices) if device != cluster.devices[-1]}
-    if cluster.group_size > 1:
+    others = {device: position for position, device in enumerate(cluster.devices) if device != cluster.devices[-1]}
+    if cluster.group_size > 1 or not others:
         return
-    for device, position in kinds.items():
-        devices = (*cluster.devices[:position], *cluster.devices[position + 1 :], device)
-        moved = dataclasses.replace(request, cluster=dataclasses.replace(cluster, devices=devices))
+    try:
+        kinds = kinds_of(cluster)
+    except HardwareError:  # its links are of these places, not of these devices
+        return
+    for device, position in others.items():
+        order = (*kinds.order[:position], *kinds.order[position + 1 :], kinds.order[position])
+        moved = dataclasses.replace(request, cluster=kinds.arranged(cluster, order))
         if moved.is_feasible:
             yield f"device {position} ({device.name}) last instead of {cluster.devices[-1].name}", moved
             return

@@ -16,8 +16,7 @@ from lp_plugin.objective import Constraints
 from lp_plugin.solver.cost import StageTable, stage_tables, work_lower_bound
 from lp_plugin.solver.criteria import Seconds, stage_limits
 from lp_plugin.solver.layer_table import IntArray
-from lp_plugin.solver.partition import least_total
-from lp_plugin.solver.solve import solve
+from lp_plugin.solver.solve import least_latency, solve
 from lp_plugin.workload import Workload, micro_batch_candidates
 
 __all__ = ["Request", "attainable", "largest_integer"]
@@ -43,12 +42,14 @@ class Request:
 
     @property
     def micro_batches(self) -> list[int]:
-        """Micro-batches to try: all candidates if a rate is asked for, else the smallest, which is easiest.
+        """Micro-batches to try: the smallest, which is easiest, unless larger ones may serve a constraint better.
 
-        Memory, working sets and seconds of a micro-batch all grow with it.
+        Memory, working sets and seconds of a micro-batch all grow with it; but a higher rate, and when decoding a
+        sooner turn, may need a larger one.
         """
         sizes = micro_batch_candidates(self.workload)
-        return sizes if self.constraints.min_tokens_per_second is not None else sizes[:1]
+        turns = self.workload.phase == "decode" and self.constraints.max_latency_seconds is not None
+        return sizes if turns or self.constraints.min_tokens_per_second is not None else sizes[:1]
 
     @property
     def is_feasible(self) -> bool:
@@ -66,7 +67,7 @@ class Request:
         return dataclasses.replace(self, constraints=dataclasses.replace(self.constraints, **{name: value}))
 
     def least_latency(self, micro_batch: int) -> float:
-        """Least seconds of one micro-batch through all stages; inf if the other constraints can't be kept."""
+        """Least `Plan.latency_seconds`; inf if the other constraints can't be kept."""
         limits, total = stage_limits(self.constraints, self.workload.with_micro_batch(micro_batch))
         tables = stage_tables(self.profile, self.cluster, self.workload.with_micro_batch(micro_batch))
         limits = dataclasses.replace(limits, seconds=min(limits.seconds, total))  # which shortens the search
@@ -77,8 +78,8 @@ class Request:
         too_slow = too_slow or _least_work(tables, layers) > total * (1 + _ROUNDING)
         if too_slow or not _can_fill(costs, layers):  # quickly tried
             return math.inf
-        found = least_total(costs, layers)
-        return found if found <= total else math.inf
+        rounds = self.workload.with_micro_batch(micro_batch).num_micro_batches if self.workload.phase == "decode" else 0
+        return least_latency(tables, layers, limits, total, rounds)
 
     def _is_feasible_with(self, micro_batch: int) -> bool:
         limits, total = stage_limits(self.constraints, self.workload.with_micro_batch(micro_batch))
@@ -134,7 +135,7 @@ def attainable(request: Request, name: str) -> float | None:
     """
     free = request.without(name)
     if name == "max_latency_seconds":
-        least = min(free.least_latency(size) for size in free.micro_batches)
+        least = min(free.least_latency(size) for size in request.micro_batches)
         return least if least < math.inf else None
     if name == "min_tokens_per_second":
         return _best_rate(request, free)

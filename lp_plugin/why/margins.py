@@ -135,7 +135,7 @@ def slowest_parts(case: PlanCase) -> dict[str, float]:
     alone = layers.seconds(device, tier)[run]
     whole = table.compute_in(tier, run, run + 1)
     compute = layers.flops[run] / device.flops(case.profile.dtype)
-    moved = layers.traffic[run] / device.tiers[tier].achieved_bytes_per_second
+    moved = layers.moving_seconds(device, tier)[run]
     measured = ~np.isnan(layers.measured[run])
     by_compute, by_traffic = ~measured & (compute >= alone), ~measured & (compute < alone) & (moved >= alone)
     rest = ~measured & ~by_compute & ~by_traffic
