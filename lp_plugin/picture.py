@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from lp_plugin.errors import InvalidInputError
+from lp_plugin.files import check_target
 from lp_plugin.plan import Plan
 from lp_plugin.quantity import format_bytes, format_seconds
 from lp_plugin.schedule import Interval, forward_timeline
 
-__all__ = ["plan_picture", "save_figure", "timeline_picture"]
+__all__ = ["check_picture", "plan_picture", "save_figure", "timeline_picture"]
 
 _KINDS = {
     "weights": ("weight_bytes", "#4477aa"),
@@ -20,6 +21,7 @@ _KINDS = {
     "buffers": ("buffer_bytes", "#ccbb44"),
     "training state": ("training_bytes", "#aa3377"),
 }
+_ENDINGS = (".png", ".svg", ".pdf")
 _TRANSFER = "#bbbbbb"
 _SHOWN_MICRO_BATCHES = 12
 
@@ -147,7 +149,7 @@ def save_figure(figure: Any, path: str | Path) -> None:
     Raises:
         InvalidInputError: If it can't be written, or its ending is no format of pictures.
     """
-    target = Path(path)
+    target = check_picture(path)
     temporary = target.with_name(f".{target.name}.tmp{target.suffix}")
     try:
         figure.savefig(temporary, dpi=120)
@@ -155,3 +157,23 @@ def save_figure(figure: Any, path: str | Path) -> None:
     except (OSError, ValueError) as error:
         temporary.unlink(missing_ok=True)
         raise InvalidInputError(f"the picture can't be written to {target}: {error}.") from None
+
+
+def check_picture(path: str | Path) -> Path:
+    """Where a picture can be written.
+
+    Raises:
+        InvalidInputError: If the name has another ending than .png, .svg or .pdf, its folder does not exist, or it is
+            no regular file.
+    """
+    target = Path(path)
+    try:
+        check_target(target)
+    except OSError as error:
+        raise InvalidInputError(f"the picture can't be written to {target}: {error}.") from None
+    if target.suffix not in _ENDINGS or not target.parent.is_dir():
+        raise InvalidInputError(
+            f"the picture can't be written to {target}: give a name that ends in {', '.join(_ENDINGS)}, in a folder "
+            "that exists."
+        )
+    return target

@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-import os
-import tempfile
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from lp_plugin.errors import PlanFileError, WorkloadError
+from lp_plugin.files import read_text, write_atomically
 from lp_plugin.model import ModelProfile
 from lp_plugin.model.architecture import DTYPE_BYTES
 from lp_plugin.objective import Constraints, Objective
@@ -20,7 +20,7 @@ from lp_plugin.plan import LayerFootprint, Plan, Stage
 from lp_plugin.quantity import shown
 from lp_plugin.workload import Workload
 
-__all__ = ["SCHEMA_VERSION", "check_model", "load_plan", "save_plan", "write_atomically"]
+__all__ = ["SCHEMA_VERSION", "check_model", "load_plan", "save_plan"]
 
 SCHEMA_VERSION = 2
 """Raised when a field changes its meaning."""
@@ -36,7 +36,7 @@ def _writable(text: str) -> str:
 
 Text = Annotated[str, AfterValidator(_writable)]
 Count = Annotated[int, Field(ge=0, le=10**30)]
-Seconds = Annotated[float, Field(ge=0, le=1e30, allow_inf_nan=False)]
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
@@ -156,14 +156,11 @@ def load_plan(path: str | Path) -> Plan:
 def _read(file: Path) -> Any:
     """What the JSON holds."""
     try:
-        size = file.stat().st_size
-        text = file.read_text(encoding="utf-8") if size <= _MOST_BYTES else ""
+        text = read_text(file, _MOST_BYTES, "make the plan again")
     except FileNotFoundError:
         raise PlanFileError(f"{file} does not exist; make it with 'lp-plugin plan MODEL -o {file}'.") from None
     except (OSError, ValueError) as error:  # no UTF-8, or no path at all
         raise PlanFileError(f"{file} can't be read: {error}.") from None
-    if size > _MOST_BYTES:
-        raise PlanFileError(f"{file} has {size:,} bytes; a plan has at most {_MOST_BYTES:,}. Make the plan again.")
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -182,28 +179,6 @@ def check_model(plan: Plan, profile: ModelProfile, path: str | Path) -> None:
             f"{plan.model_digest[:12]}), not for {profile.name} ({profile.num_layers} layers, "
             f"{profile.digest[:12]}). Make a plan for this model."
         )
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a text file through a temporary file beside it and a rename.
-
-    Raises:
-        OSError: If the folder can't be written; nothing is left behind.
-    """
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    temporary = Path(name)
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp makes it private; a result is an ordinary file
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def _to_plan(parsed: _PlanFile, file: Path) -> Plan:
@@ -240,6 +215,8 @@ def _check_consistency(plan: Plan, file: Path) -> None:
         raise PlanFileError(
             f"{file}: stages cover {shown(list(spans))}, which contradicts boundaries {shown(list(bounds))}."
         )
+    if not math.isfinite(plan.makespan_seconds):
+        raise PlanFileError(f"{file}: the stages' seconds add up to no finite number. Make the plan again.")
     for index, stage in enumerate(plan.stages):
         names = tuple(layer.name for layer in plan.layers[stage.start : stage.stop])
         if stage.layers != names:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import get_args
 
-from lp_plugin.errors import WorkloadError
+from lp_plugin.errors import HardwareError, ModelConfigError, WorkloadError
 from lp_plugin.hardware import Cluster
 from lp_plugin.model import ModelProfile
 from lp_plugin.objective import Constraints, Objective
@@ -54,7 +54,7 @@ def make_plan(
         >>> make_plan(profile, Cluster.homogeneous("h200", 4), workload).boundaries
         (0, 1, 2, 5, 6)
     """
-    bounds = constraints or Constraints()
+    bounds = Constraints() if constraints is None else constraints
     used = check_request(profile, cluster, workload, num_stages, objective, bounds)
     best = best_plan(profile, used, workload, objective, bounds)
     if best is None:
@@ -83,6 +83,14 @@ def check_request(
     constraints: Constraints,
 ) -> Cluster:
     """The devices that are used, if the request makes sense; see `make_plan` for the errors."""
+    for name, value, kind, error, remedy in (
+        ("profile", profile, ModelProfile, ModelConfigError, "use ModelProfile.from_config"),
+        ("cluster", cluster, Cluster, HardwareError, "use Cluster.parse"),
+        ("workload", workload, Workload, WorkloadError, "use Workload(batch=..., sequence=...)"),
+        ("constraints", constraints, Constraints, WorkloadError, "use Constraints(...), or leave them out"),
+    ):
+        if not isinstance(value, kind):
+            raise error(f"{name} is {shown(value)}; it must be a {kind.__name__}: {remedy}.")
     if not isinstance(objective, str) or objective not in get_args(Objective):
         raise WorkloadError(f"objective is {shown(objective)}; it must be one of {', '.join(get_args(Objective))}.")
     keeps_cache = any(layer.kv_bytes_per_token for layer in profile.layers) and workload.phase != "train"

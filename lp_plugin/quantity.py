@@ -24,6 +24,9 @@ _LARGEST = 10**30  # beyond any quantity here; keeps every result a finite float
 _TEXT = re.compile(r"([0-9]{1,30}(?:\.[0-9]{1,30})?(?:[eE][+-]?[0-9]{1,2})?)\s*(\S*)")
 
 
+_MOST_SECONDS = 1e12  # beyond, hours say no more than a power of ten
+
+
 def parse_bytes(value: str | int) -> int:
     """Bytes, exactly, from text such as "80 GB" (1000s), "50 MiB" (1024s) or "1024", or from a number.
 
@@ -72,6 +75,8 @@ def format_seconds(seconds: float) -> str:
     """Non-negative seconds for reading: "35.0 us", "19.4 ms", "1.23 s", "2 min 05 s", "2 h 03 min"."""
     if seconds == 0:
         return "0 s"
+    if seconds > _MOST_SECONDS:
+        return f"{seconds:.3g} s"
     if seconds < 59.95:
         return _scaled(seconds, _SHORT)
     if round(seconds) < 3600:

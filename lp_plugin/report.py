@@ -16,6 +16,7 @@ from lp_plugin.hardware import Cluster
 from lp_plugin.plan import Plan, Stage
 from lp_plugin.quantity import format_bytes, format_seconds
 from lp_plugin.solver.solve import uniform_boundaries
+from lp_plugin.workload import Workload
 
 __all__ = ["as_text", "layer_table", "plan_report", "stage_table", "summary", "tier_table"]
 
@@ -120,10 +121,10 @@ def stage_table(plan: Plan, marks: Mapping[int, str] = MappingProxyType({})) -> 
             format_bytes(stage.memory_bytes),
             f"{stage.memory_bytes / stage.capacity_bytes:.1%}",
             format_bytes(stage.working_set_bytes),
-            stage.tier,
+            Text(stage.tier),
             *([f"{stage.hit_fraction:.1%}"] if has_hits else []),
             format_seconds(stage.seconds),
-            f"<- {wrong[first]}" if first in wrong else "<- slowest" if slowest else "",
+            Text(f"<- {wrong[first]}" if first in wrong else "<- slowest" if slowest else ""),
             style="bold red" if first in wrong else None,
         )
     return table
@@ -141,7 +142,7 @@ def tier_table(plan: Plan, cluster: Cluster) -> Table:
         table.add_column(heading, justify="right", no_wrap=True)
     names = list(dict.fromkeys(tier.name for device in cluster.devices for tier in device.tiers))
     for name in names:
-        table.add_column(f"of {name}", justify="right", no_wrap=True)
+        table.add_column(Text(f"of {name}"), justify="right", no_wrap=True)
     for heading in ("hits", "DRAM/token", "time", "all in the first tier"):
         table.add_column(heading, justify="right", no_wrap=True)
     tokens = plan.workload.chosen_micro_batch * plan.workload.tokens_per_sequence
@@ -177,13 +178,24 @@ def summary(plan: Plan) -> Text:
         f"lower bound  {format_seconds(plan.lower_bound_seconds)}, the heaviest layer or all work spread evenly"
         + (f"; the bottleneck is {plan.gap:.1%} above it" if plan.lower_bound_seconds else ""),
         f"uniform      {_uniform(plan)}",
-        f"throughput   {plan.tokens_per_second:,.0f} tokens/s predicted; "
-        f"{plan.num_micro_batches} micro-batches of {workload.chosen_micro_batch}, "
+        f"throughput   {plan.tokens_per_second:,.0f} tokens/s predicted{_replicas(plan)}; "
+        f"{_counted(plan.num_micro_batches, 'micro-batch', 'micro-batches')} of {workload.chosen_micro_batch}, "
         f"bubble {plan.bubble_fraction:.1%}, whole batch {format_seconds(plan.makespan_seconds)}",
         f"traffic      {format_bytes(plan.dram_bytes_per_token)} per token from beyond the first memory tier",
         f"boundaries   {list(plan.boundaries)}",
     ]
     return Text("\n".join(lines))
+
+
+def _replicas(plan: Plan) -> str:
+    """Whose throughput it is, if the pipeline has replicas."""
+    count = plan.workload.data_parallel
+    return f" of each of {count} replicas, their gradient all-reduce not counted" if count > 1 else ""
+
+
+def _counted(count: int, one: str, many: str) -> str:
+    """A number and what it counts."""
+    return f"{count} {one if count == 1 else many}"
 
 
 def _claim(plan: Plan) -> str:
@@ -195,9 +207,10 @@ def _claim(plan: Plan) -> str:
         among += f" with {plan.constraints.as_text()}"
     if plan.objective == "throughput":
         return f", proven least of {among} (the search is exact)"
+    room = plan.max_sequences or 0
     what = {
         "latency": f"latency {format_seconds(plan.latency_seconds)}, proven least",
-        "sequences": f"room for {plan.max_sequences or 0:,} sequences, proven most",
+        "sequences": f"room for {room:,} {'sequence' if room == 1 else 'sequences'}, proven most",
         "memory": f"the fullest device is {plan.memory_share:.1%} full, proven least",
     }
     return f"; {what[plan.objective]} of {among} (the search is exact)"
@@ -225,9 +238,21 @@ def _uniform(plan: Plan) -> str:
 def _title(plan: Plan) -> str:
     workload = plan.workload
     return (
-        f"{plan.model_name} in {plan.dtype}, {workload.phase}: batch {workload.batch} x sequence "
-        f"{workload.sequence}, micro-batch {workload.chosen_micro_batch}, {plan.num_stages} stages"
+        f"{plan.model_name} in {plan.dtype}, {workload.phase}{_training(workload)}: batch {workload.batch} x sequence "
+        f"{workload.sequence}, micro-batch {workload.chosen_micro_batch}, "
+        f"{_counted(plan.num_stages, 'stage', 'stages')}"
     )
+
+
+def _training(workload: Workload) -> str:
+    """What was asked of a training run beside its batch: `` with ZeRO stage 1 over 8 replicas, checkpointing``."""
+    replicas = _counted(workload.data_parallel, "replica", "replicas")
+    asked = [f"ZeRO stage {workload.zero_stage} over {replicas}"] if workload.zero_stage else []
+    if workload.data_parallel > 1 and not workload.zero_stage:
+        asked.append(replicas)
+    if workload.checkpointing:
+        asked.append("checkpointing")
+    return f" with {', '.join(asked)}" if asked else ""
 
 
 def _key(stage: Stage) -> tuple[object, ...]:

@@ -315,7 +315,7 @@ def test_a_long_file_is_refused_without_reading_it(tmp_path):
     with path.open("wb") as file:
         file.truncate(10**12)
     tracemalloc.start()
-    with pytest.raises(HardwareError, match="it has more than 131072 bytes; join equal neighbours by their count"):
+    with pytest.raises(HardwareError, match="it has more than 131,072 bytes; join equal neighbours by their count"):
         Cluster.from_toml(path)
     assert tracemalloc.get_traced_memory()[1] < 10**6
     tracemalloc.stop()
@@ -334,3 +334,14 @@ def test_the_files_of_the_documentation(read):
     page = (Path(__file__).parent.parent / "docs" / "clusters.md").read_text(encoding="utf-8")
     files = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
     assert [read(text).node_sizes() for text in files] == [(8, 2, 2), (2, 2)]
+
+
+def test_a_catalogue_device_launched_as_cuda_graphs(tmp_path: Path) -> None:
+    file = tmp_path / "cluster.toml"
+    file.write_text('[[device]]\ntype = "h200"\ncount = 2\nlayer_overhead = "10 us"\n', encoding="utf-8")
+    graphs, eager = Cluster.from_toml(file), Cluster.parse("h200:2")
+    assert [device.layer_overhead_seconds for device in graphs.devices] == [1e-5, 1e-5]
+    assert graphs.links == eager.links
+    file.write_text('[[device]]\ntype = "h200"\ncount = 2\nlayer_overhead = "-1 us"\n', encoding="utf-8")
+    with pytest.raises(HardwareError, match="layer_overhead"):
+        Cluster.from_toml(file)

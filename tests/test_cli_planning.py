@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -137,10 +138,44 @@ def test_all_strategies(command: Command, tmp_path: Path) -> None:
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_no_strategy_fits(command: Command) -> None:
+    code, out, err = command(
+        *("plan", REFERENCE, "--cluster", "h100-sxm:4", *WORK, "--strategy", "all", "--max-memory", "1 MB")
+    )
+    assert code == 2
+    assert "does not fit" in out
+    assert "no strategy fits dense16" in err
+
+
+@pytest.mark.parametrize("target", ["pipe", "folder"])
+def test_nothing_but_regular_files_is_read_or_replaced(command: Command, tmp_path: Path, target: str) -> None:
+    path = tmp_path / target
+    if target == "pipe":
+        os.mkfifo(path)
+    else:
+        path.mkdir()
+    plan = tmp_path / "plan.json"
+    work = ("plan", REFERENCE, "--cluster", "h100-sxm:4", *WORK)
+    assert str(path) in refused(command, *work, "-o", path)
+    assert str(path) in refused(command, "plan", REFERENCE, "--cluster", path.with_suffix(".toml"), *WORK)
+    planned(command, *WORK, "-o", plan, cluster="h100-sxm:4")
+    for arguments in (
+        ("explain", path),
+        ("explain", plan, "--picture", path),
+        ("export", plan, "--to", "vllm", "-o", path),
+    ):
+        assert str(path) in refused(command, *arguments)
+    assert str(path) in refused(command, *work, "--strategy", "all", "--picture", path)
+    if target == "pipe":
+        assert str(path) in refused(command, "plan", path, "--cluster", "h100-sxm:4", *WORK)
+        assert path.is_fifo()
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
         (("--strategy", "all", "--stages", 4), "--strategy all"),
+        (("--strategy", "all", "--objective", "memory"), "--objective"),
         (("--picture", "x.png"), "--strategy all"),
         (("--max-latency", "soon"), "soon"),
         (("--max-latency", "0"), "max_latency_seconds"),
@@ -176,6 +211,16 @@ def test_rules_are_scored_against_the_best(command: Command) -> None:
     assert gaps[0] == 0.0
     assert min(gaps) == 0.0
     assert max(gaps) > 0.5
+
+
+def test_rules_that_can_not_split_a_model_are_left_out(command: Command, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "t5", "dtype": "bfloat16"}', encoding="utf-8")
+    code, out, err = command(
+        "score", tmp_path, "--cluster", "h100-sxm:3", "--batch", 4, "--sequence", 64, "--rule", "all"
+    )
+    assert (code, err) == (0, "")
+    assert "rule deepspeed_uniform" in out
+    assert "rule vllm" not in out
 
 
 def test_partitions_of_any_engine_are_scored(command: Command, tmp_path: Path) -> None:

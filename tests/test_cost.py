@@ -118,7 +118,10 @@ def test_a_stage_lives_in_the_fastest_tier_that_holds_its_working_set() -> None:
         compute_efficiency=1.0,
         layer_overhead_seconds=0.0,
     )
-    layers = tuple(LayerCost(name=str(size), weight_bytes=size, weight_traffic_bytes=size) for size in (9, 1, 10, 1, 4))
+    layers = tuple(
+        LayerCost(name=str(index), weight_bytes=size, weight_traffic_bytes=size)
+        for index, size in enumerate((9, 1, 10, 1, 4))
+    )
     profile = ModelProfile(name="sizes", layers=layers, dtype="float32", input_bytes_per_token=0.0)
     cluster = Cluster.homogeneous(device, 1)
     (table,) = stage_tables(profile, cluster, Workload(batch=1, sequence=1, micro_batch=1))

@@ -85,6 +85,16 @@ def test_an_unknown_dtype_lists_those_known():
         (device, {"peak_flops": (("int8", -1.0),)}, "a peak over 0"),
         (device, {"peak_flops": (("int8", 1.0), ("float16", NAN))}, "a peak over 0"),
         (device, {"peak_flops": (("int8", 10**5000),)}, "a peak over 0"),
+        (device, {"peak_flops": 5}, "Device 'card': peak_flops is 5; give at least one dtype"),
+        (device, {"peak_flops": "x"}, "peak_flops is 'x'; give"),
+        (device, {"peak_flops": ("x",)}, "a peak over 0"),
+        (device, {"peak_flops": ((5, 1.0),)}, "a peak over 0"),
+        (device, {"tiers": None}, "Device 'card': tiers is None; it must be a tuple of MemoryTier"),
+        (device, {"tiers": ("hbm",)}, r"tiers is \('hbm',\); it must be a tuple of MemoryTier"),
+        (device, {"tiers": (tier(), tier(capacity_bytes=10**10))}, r"its tiers are called \['hbm', 'hbm'\]; give each"),
+        (device, {"name": ""}, "Device: name is ''; it must be text, and not empty"),
+        (tier, {"name": None}, "MemoryTier: name is None"),
+        (link, {"name": 5}, "Link: name is 5; it must be text"),
         (device, {"compute_efficiency": 2.0}, r"Device 'card': compute_efficiency is 2\.0"),
         (device, {"compute_efficiency": None}, "compute_efficiency is None"),
         (device, {"layer_overhead_seconds": -1.0}, r"layer_overhead_seconds is -1\.0; it must be at least 0"),
@@ -235,6 +245,35 @@ def test_one_own_device_needs_no_link():
 def test_a_spec_of_another_form_is_refused(spec):
     with pytest.raises(HardwareError, match='is not understood; write a device and how many, as in "h100-sxm:16" or'):
         Cluster.parse(spec)
+
+
+@pytest.mark.parametrize("spec", [5, None, b"h200:2", ["h200:2"]], ids=shown)
+def test_a_spec_that_is_no_text_is_refused(spec):
+    with pytest.raises(HardwareError) as caught:
+        Cluster.parse(spec)
+    assert str(caught.value).startswith(f"cluster {shown(spec)} is not understood; write a device and how many")
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("given", [None, 5, ["h200"]], ids=shown)
+def test_what_is_no_device_is_refused(given, count):
+    with pytest.raises(HardwareError, match=r"device is .*; give a Device, or a name from the catalogue"):
+        Cluster.homogeneous(given, count)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"devices": None}, "devices is None; it must be a tuple of Device"),
+        ({"devices": ("h200", "h200")}, "devices is .*; it must be a tuple of Device"),
+        ({"links": (None,)}, r"links is \(None,\); it must be a tuple of Link"),
+        ({"links": [link()]}, "links is .*; it must be a tuple of Link"),
+        ({"group_size": 2, "group_links": (link(), 5)}, "group_links is .*; it must be a tuple of Link"),
+    ],
+)
+def test_chains_of_other_things_are_refused(changes, message):
+    with pytest.raises(HardwareError, match=f"the cluster: {message}"):
+        Cluster(**({"devices": (device(), device()), "links": (link(),)} | changes))
 
 
 def test_a_long_spec_is_not_repeated():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from strategies import STEADY, profiles
 from transformers import AutoConfig
 
 from lp_plugin import LayerCost, ModelConfigError, ModelProfile
+from lp_plugin.quantity import shown
 
 DENSE16 = Path(__file__).parent.parent / "examples" / "dense16"
 
@@ -175,14 +177,24 @@ def test_layers_are_values() -> None:
     assert len({LayerCost(name="a"), LayerCost(name="a")}) == 1
 
 
+WHOLE = ["block", "parameters", "weight_bytes", "shared_bytes", "weight_traffic_bytes", "window",
+         "kv_bytes_per_token", "kv_window", "expert_bytes", "expert_parameters", "num_experts", "experts_per_token",
+         "num_all_reduces"]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        *(("weight_bytes", value) for value in (-1, None, "1", True, float("nan"), 10**40)),
+        *(("weight_bytes", value) for value in (-1, None, "1", True, float("nan"), 10**400)),
         *(("flops_per_token", value) for value in (float("inf"), float("nan"), -0.5)),
         *(("seconds", value) for value in (float("inf"), float("nan"), -1.0)),
         ("window", -1),
         ("kv_window", float("nan")),
+        *((field, 1.5) for field in WHOLE),
+        *(("block", value) for value in (-1, "x", True)),
+        *((field, value) for field in ("causal", "runs_once") for value in (None, 0, 1, "x")),
+        *(("kind", value) for value in (5, None, ["x"])),
+        *(("shared_key", value) for value in (5, ["x"])),
     ],
 )
 def test_costs_that_are_no_amounts_are_refused(field: str, value: Any) -> None:
@@ -201,3 +213,54 @@ def test_layers_of_one_name_are_refused() -> None:
     layers = (LayerCost(name="a"), LayerCost(name="b"), LayerCost(name="a"))
     with pytest.raises(ModelConfigError, match="the name 'a' stands for two layers"):
         ModelProfile(name="made by hand", layers=layers, dtype="float32")
+
+
+@pytest.mark.parametrize("name", [5, None, ["x"]], ids=shown)
+def test_names_of_layers_are_text(name: Any) -> None:
+    with pytest.raises(ModelConfigError) as caught:
+        ModelProfile(name="made by hand", layers=(LayerCost(name=name),), dtype="float32")
+    assert str(caught.value) == f"layer {shown(name)}: name is {shown(name)}; it must be text."
+
+
+def test_measured_costs_may_be_floats_of_numpy() -> None:
+    profile = ModelProfile.from_costs([1.0]).with_seconds(list(np.array([0.5])), list(np.array([1.5])))
+    assert (profile.layers[0].seconds, profile.layers[0].backward_seconds) == (0.5, 1.5)
+
+
+@pytest.mark.parametrize(
+    ("field", "values", "bound"),
+    [
+        ("name", (5, None), "text"),
+        ("input_bytes_per_token", (-1, "x", None, True, math.nan, math.inf), r"a number of 0 to 1.79769e\+308"),
+        ("tensor_parallel", (0, 2**20 + 1, -1, "x", None, 1.0, True), "a whole number of 1 to 1048576"),
+        ("max_positions", (0, math.nan, "x", 1.5, -1, True), r"a whole number of 1 to 2\*\*63, or None"),
+        ("weight_dtype", (5, b"int8"), "text"),
+        ("dtype", ("float64", "", "x", 5, None, ["float32"]), "one of bfloat16, float16, float32"),
+        ("granularity", ("x", None, ["layer"]), "layer or sublayer"),
+        ("measured_on", ("x", 5), "a Device or None"),
+        ("architecture", ("x", 5), "an Architecture or None"),
+        ("layers", (None, 5, [LayerCost(name="a")]), "a tuple of LayerCost"),
+    ],
+)
+def test_fields_of_profiles(field: str, values: tuple[Any, ...], bound: str) -> None:
+    for value in values:
+        fields = {"name": "made by hand", "layers": (LayerCost(name="a"),), "dtype": "float32", field: value}
+        with pytest.raises(ModelConfigError, match=f"^model .*: {field} is .*; it must be {bound}"):
+            ModelProfile(**fields)
+
+
+def test_layers_are_layer_costs() -> None:
+    layers: Any = (LayerCost(name="a"), 2)
+    with pytest.raises(ModelConfigError, match="layers holds 2 at position 1; give a LayerCost for each"):
+        ModelProfile(name="made by hand", layers=layers, dtype="float32")
+
+
+def test_weights_may_be_stored_under_any_name() -> None:
+    profile = ModelProfile(name="own", layers=(LayerCost(name="a"),), dtype="float32", weight_dtype="zz")
+    assert profile.weight_dtype == "zz"
+
+
+@pytest.mark.parametrize("config", [5, None, b"x", ["x"]], ids=shown)
+def test_a_config_that_is_neither_path_nor_mapping_is_refused(config: Any) -> None:
+    with pytest.raises(ModelConfigError, match=r"the config is .*; give a model directory, a config\.json, or its"):
+        ModelProfile.from_config(config)

@@ -10,7 +10,7 @@ from hypothesis import assume, given
 from small_cases import FREE, ONE, device
 from strategies import STEADY, clusters, cost_profiles, profiles, workloads
 
-from lp_plugin import Cluster, LayerCost, ModelProfile, Plan, Workload, make_plan
+from lp_plugin import Cluster, LayerCost, MemoryTier, ModelProfile, Plan, Workload, make_plan
 from lp_plugin.solver.solve import evaluate, solve
 from lp_plugin.why.notes import plan_notes
 
@@ -65,25 +65,66 @@ def test_nothing_is_said_of_tiers_where_there_is_one() -> None:
     assert not said(make_plan(blocks(40, 40), Cluster.homogeneous(device(1000), 2, FREE), ONE), "Tier ")
 
 
+def gained(fast_rate: float, overhead: float) -> str:
+    """The sentence on the cache for one stage that takes 100 s from its slow tier, and what it would take at best."""
+    tiers = (
+        MemoryTier(name="fast", capacity_bytes=50, bandwidth_bytes_per_second=fast_rate),
+        MemoryTier(name="slow", capacity_bytes=1000, bandwidth_bytes_per_second=1.0),
+    )
+    where = dataclasses.replace(device(1000), tiers=tiers, layer_overhead_seconds=overhead)
+    layer = LayerCost(name="layer 0", weight_bytes=100, weight_traffic_bytes=100, flops_per_token=1.0, kind="block")
+    profile = ModelProfile(name="gained", layers=(layer,), dtype="float16", input_bytes_per_token=0.0)
+    plan = make_plan(profile, Cluster.homogeneous(where, 1, FREE), ONE)
+    assert plan.bottleneck_seconds == 100
+    return said(plan, "The cache tier")
+
+
+def test_a_cache_that_gains_next_to_nothing_can_not_matter() -> None:
+    """The stage waits for its slow tier by a hair; from the fast one it would wait for what is named."""
+    even = "The cache tier can't matter here: even if all data came from fast, the slowest stage would "
+    assert gained(4.0, 99.0) == f"{even}be at most 2% faster; most of it is launch overhead."
+    assert gained(1.01, 1.0) == f"{even}be at most 2% faster; most of it is fast bandwidth."
+    assert gained(4.0, 99.95) == f"{even}take the same 1 min 40 s; most of it is launch overhead."
+    assert gained(4.0, 97.0) == (
+        "The cache tier could matter: if all data came from fast, the slowest stage would take "
+        "1 min 37 s instead of 1 min 40 s (1.03x faster)."
+    )
+
+
 def test_a_batch_that_must_be_cut() -> None:
     cluster = Cluster.homogeneous(device(1000), 2, FREE)
     plan = make_plan(blocks(1, 1, tokens=10.0), cluster, Workload(batch=200, sequence=1, micro_batch=2))
     assert said(plan, "The batch must be cut") == (
         "The batch must be cut: in one piece its activations at a stage boundary are 2.00 kB, more than a device's "
-        "1.00 kB. It is cut into 100 micro-batches of 2 (20 B of activations each)."
+        "1.00 kB. It is cut into 100 micro-batches of 2 (20 B of activations each); "
+        f"the bubble is {plan.bubble_fraction:.1%}."
     )
 
 
-def test_a_batch_that_is_cut_against_the_bubble() -> None:
+def test_a_batch_that_is_cut() -> None:
     cluster = Cluster.homogeneous(device(1000), 2, FREE)
     plan = make_plan(blocks(1, 1, tokens=1.0), cluster, Workload(batch=20, sequence=1, micro_batch=2))
     note = said(plan, "The batch is cut")
     assert note == (
-        f"The batch is cut into 10 micro-batches of 2 (2 B of activations each), "
-        f"so that the bubble is {plan.bubble_fraction:.1%}."
+        f"The batch is cut into 10 micro-batches of 2 (2 B of activations each); "
+        f"the bubble is {plan.bubble_fraction:.1%}."
     )
     whole = make_plan(blocks(1, 1), cluster, Workload(batch=20, sequence=1, micro_batch=20))
     assert not said(whole, "The batch")
+
+
+@pytest.mark.parametrize(("output", "start"), [(1.0, "The batch is cut"), (10.0, "The batch must be cut")])
+def test_nothing_is_said_of_a_bubble_in_one_stage(output: float, start: str) -> None:
+    workload = Workload(batch=200, sequence=1, micro_batch=2)
+    plan = make_plan(blocks(1, 1, tokens=output), Cluster.homogeneous(device(1000), 1, FREE), workload)
+    assert said(plan, start).endswith(f"100 micro-batches of 2 ({2 * output:.0f} B of activations each).")
+
+
+def test_room_for_one_sequence_is_singular() -> None:
+    """80 bytes per sequence of 10; 200 bytes less 100 of weights leave room for 1."""
+    cluster = Cluster.homogeneous(device(100), 2, FREE)
+    plan = make_plan(blocks(50, 50), cluster, Workload(batch=30, sequence=10, micro_batch=1))
+    assert said(plan, "Prefill").endswith("about 1 sequence would fit.")
 
 
 def test_a_kv_cache_that_would_not_fit() -> None:

@@ -18,8 +18,10 @@ from test_solve import FREE, device
 
 from lp_plugin import (
     Cluster,
+    HardwareError,
     InfeasibleError,
     Link,
+    ModelConfigError,
     ModelProfile,
     Plan,
     Workload,
@@ -364,3 +366,22 @@ def test_notes_are_sentences() -> None:
 def test_boundaries_rise() -> None:
     plan = make_plan(ModelProfile.from_costs([1] * 6), Cluster.homogeneous(device(1000), 3, FREE), ONE)
     assert list(pairwise(plan.boundaries)) == [(stage.start, stage.stop) for stage in plan.stages]
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "error", "remedy"),
+    [
+        ("profile", ("path", None, DENSE16), ModelConfigError, "ModelProfile: use ModelProfile.from_config"),
+        ("cluster", ("h200:2", None, 5), HardwareError, "Cluster: use Cluster.parse"),
+        ("workload", ({"batch": 1}, {}, None), WorkloadError, "Workload: use Workload("),
+        ("constraints", ({"tier": "l2"}, "l2", 5), WorkloadError, "Constraints: use Constraints("),
+    ],
+)
+def test_a_request_of_other_things_is_refused(
+    name: str, values: tuple[Any, ...], error: type[Exception], remedy: str
+) -> None:
+    profile, cluster = ModelProfile.from_costs([1, 2]), Cluster.homogeneous("h200", 2)
+    for value in values:
+        request: dict[str, Any] = {"profile": profile, "cluster": cluster, "workload": ONE, name: value}
+        with pytest.raises(error, match=re.escape(f"{name} is {shown(value)}; it must be a {remedy}")):
+            make_plan(**request)

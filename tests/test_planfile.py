@@ -26,8 +26,9 @@ from lp_plugin import (
     make_plan,
     save_plan,
 )
+from lp_plugin.files import write_atomically
 from lp_plugin.objective import Constraints
-from lp_plugin.planfile import SCHEMA_VERSION, check_model, write_atomically
+from lp_plugin.planfile import SCHEMA_VERSION, check_model
 from lp_plugin.planner import best_plan
 from lp_plugin.solver.solve import evaluate
 
@@ -117,7 +118,7 @@ def test_truncation_anywhere_is_an_error(file: Path) -> None:
 def test_a_file_too_large_to_be_a_plan(file: Path) -> None:
     with file.open("ab") as stream:
         stream.truncate(64 * 2**20 + 1)  # sparse: takes no space
-    with pytest.raises(PlanFileError, match="has 67,108,865 bytes; a plan has at most 67,108,864"):
+    with pytest.raises(PlanFileError, match="it has more than 67,108,864 bytes; make the plan again"):
         load_plan(file)
 
 

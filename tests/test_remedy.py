@@ -238,8 +238,8 @@ def test_the_best_that_can_be_had_is_that_of_its_objective(
 def test_of_several_constraints_the_one_in_the_way_is_named() -> None:
     error, _ = nearest(max_latency_seconds=1e-3, min_sequences=100, max_memory_bytes=30_000_000_000)
     assert "no partition meets: latency at most 1.00 ms (max_latency_seconds), room for 100 sequences" in str(error)
-    assert "With the others kept, the latency is 11.3 ms at best (max_latency_seconds)." in str(error)
-    assert error.remedies[0] == '--max-latency "11.4 ms" instead of "1.00 ms"'
+    assert "With the others kept, the latency is 16.7 ms at best (max_latency_seconds)." in str(error)
+    assert error.remedies[0] == '--max-latency "16.7 ms" instead of "1.00 ms"'
     assert "--min-sequences" not in str(error)
 
 
@@ -253,9 +253,29 @@ def test_constraints_that_fail_each_alone_are_all_named() -> None:
 
 def test_stages_that_break_a_constraint_are_marked() -> None:
     error, _ = nearest(min_tokens_per_second=1e6)
-    assert error.table.count("<- over 4.00 us") == 3
+    assert error.table.count("<- too slow for 1,000,000 tokens/s") == 3
     error, _ = nearest(min_sequences=300)
     assert "<- room for 214" in error.table
+
+
+@pytest.mark.parametrize(
+    ("bounds", "mark"),
+    [
+        ({"min_tokens_per_second": 4.0}, "too slow for 4 tokens/s"),
+        ({"max_latency_seconds": 5.0}, "too slow for a latency of 5.00 s"),
+        ({"min_tokens_per_second": 4.0, "max_latency_seconds": 5.0},
+         "too slow for 4 tokens/s and a latency of 5.00 s"),
+        ({"min_tokens_per_second": 4.0, "max_latency_seconds": 6.0}, "too slow for 4 tokens/s"),
+    ],
+)  # fmt: skip
+def test_slow_stages_are_marked_with_what_was_asked(bounds: dict[str, float], mark: str) -> None:
+    """6 sequences in turns of one, 1 s each on the slower stage: 6 s for a token of each, 1 token/s."""
+    profile = ModelProfile.from_costs([1.0, 0.1])
+    workload = Workload(phase="decode", batch=6, sequence=1, micro_batch=1)
+    request = ask(profile, Cluster.homogeneous(device(1000), 2, FREE), workload, Constraints(**bounds))
+    rows = refusal(request).table.splitlines()[-2:]
+    assert rows[0].endswith(f"<- {mark}")
+    assert "latency" not in rows[1]
 
 
 def test_a_tier_that_no_layer_fits_is_refused_with_the_factor() -> None:

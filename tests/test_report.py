@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 from small_cases import FREE, ONE, chain, device
 
-from lp_plugin import Cluster, LayerCost, ModelProfile, Plan, Workload, make_plan
+from lp_plugin import Cluster, Device, LayerCost, ModelProfile, Plan, Workload, make_plan
 from lp_plugin.objective import Constraints
 from lp_plugin.report import as_text, layer_table, plan_report, stage_table, summary, tier_table
 from lp_plugin.solver.solve import evaluate
@@ -96,6 +97,59 @@ def test_any_name_can_be_shown(name: str) -> None:
     profile = ModelProfile.from_costs([1, 2], names=[name, "other"], name=f"model {name}")
     text = report(make_plan(profile, Cluster.homogeneous(device(1000), 2, FREE), ONE))
     assert "".join(name.split())[:20] in "".join(text.split())
+
+
+@pytest.mark.parametrize("name", ["hbm[/b]", "[red]", "[link=x]here", ":smile:", "a\\[b]"])
+def test_any_name_of_a_model_device_or_tier_is_shown_as_it_is(name: str) -> None:
+    def own(where: str) -> Device:
+        tiers = [dataclasses.replace(tier, name=f"{name}{i}") for i, tier in enumerate(device(50, 1000).tiers)]
+        return dataclasses.replace(device(50, 1000), name=where, tiers=tuple(tiers))
+
+    cluster = Cluster(devices=(own(name), own("other")), links=(FREE,))
+    profile = ModelProfile.from_costs([1, 2], names=[f"{name}a", "b"], weight_bytes=[20, 80], name=f"{name}m")
+    plan = make_plan(profile, cluster, ONE, constraints=Constraints(tier=f"{name}1"))
+    assert as_text(plan_report(plan, cluster)).splitlines()[0].startswith(f"{name}m in ")
+    assert f"{name}a" in as_text(layer_table(plan))
+    first, second = as_text(stage_table(plan, {1: f"leaves {name}0"})).splitlines()[-2:]
+    assert first.split()[2] == name
+    assert f"{name}0" in first.split()
+    assert f"{name}1" in second.split()
+    assert second.endswith(f"<- leaves {name}0")
+    heading = as_text(tier_table(plan, cluster)).splitlines()[0]
+    assert f"of {name}0" in heading
+    assert f"of {name}1" in heading
+    assert f"every stage in tier {name}1" in str(summary(plan))
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ({}, "train"),
+        ({"checkpointing": True}, "train with checkpointing"),
+        ({"data_parallel": 8}, "train with 8 replicas"),
+        ({"zero_stage": 1}, "train with ZeRO stage 1 over 1 replica"),
+        ({"zero_stage": 1, "data_parallel": 8}, "train with ZeRO stage 1 over 8 replicas"),
+        (
+            {"zero_stage": 1, "data_parallel": 8, "checkpointing": True},
+            "train with ZeRO stage 1 over 8 replicas, checkpointing",
+        ),
+    ],
+)
+def test_a_training_report_says_what_was_asked(asked: dict[str, Any], words: str) -> None:
+    workload = Workload(phase="train", batch=4, sequence=1, micro_batch=1, **asked)
+    plan = make_plan(ModelProfile.from_costs([1, 1]), Cluster.homogeneous(device(1000), 2, FREE), workload)
+    assert f"costs in float32, {words}: batch 4 x sequence 1, micro-batch 1, 2 stages" in report(plan)
+    throughput = certificate(plan)["throughput"]
+    rate = f"{plan.tokens_per_second:,.0f} tokens/s predicted"
+    if "data_parallel" in asked:
+        rate += " of each of 8 replicas, their gradient all-reduce not counted"
+    assert throughput.startswith(f"{rate}; 4 micro-batches of 1, bubble ")
+
+
+def test_one_of_a_kind_is_singular() -> None:
+    plan = make_plan(ModelProfile.from_costs([1, 1]), Cluster.homogeneous(device(1000), 1, FREE), ONE)
+    assert report(plan).splitlines()[0].endswith("micro-batch 1, 1 stage")
+    assert "; 1 micro-batch of 1, " in certificate(plan)["throughput"]
 
 
 def test_marks_are_shown_and_part_equal_stages() -> None:

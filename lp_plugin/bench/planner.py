@@ -19,9 +19,9 @@ from rich.console import Console
 from rich.table import Table
 
 from lp_plugin.errors import InvalidInputError
+from lp_plugin.files import write_atomically
 from lp_plugin.hardware import Cluster, Device, Link, MemoryTier
 from lp_plugin.model import LayerCost, ModelProfile
-from lp_plugin.planfile import write_atomically
 from lp_plugin.quantity import format_seconds
 from lp_plugin.solver.cost import stage_tables
 from lp_plugin.solver.criteria import Seconds, StageLimits

@@ -10,11 +10,13 @@ import typer
 from lp_plugin.cli import request as ask
 from lp_plugin.cli.app import app, console
 from lp_plugin.errors import InvalidInputError, PartitionFormatError, PlanFileError, WorkloadError
+from lp_plugin.exchange.counts import MAX_CHARACTERS
 from lp_plugin.exchange.handwritten import score_partitions, score_table
 from lp_plugin.exchange.rules import RULES, boundaries_of_rule
+from lp_plugin.files import read_text, write_atomically
 from lp_plugin.integrations.formats import FORMATS, export_partition, import_partition
 from lp_plugin.model import ModelProfile
-from lp_plugin.planfile import load_plan, save_plan, write_atomically
+from lp_plugin.planfile import load_plan, save_plan
 from lp_plugin.report import stage_table
 
 __all__ = ["export", "score"]
@@ -102,18 +104,18 @@ def _imported(text: str, profile: ModelProfile, stages: int | None) -> tuple[str
 
 def _file_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        return read_text(path, MAX_CHARACTERS, "no partition needs that many")
+    except (OSError, ValueError) as error:
         raise InvalidInputError(f"--partition: {path} can't be read: {error}.") from None
 
 
 def _ruled(names: list[str], profile: ModelProfile, stages: int) -> list[tuple[str, tuple[int, ...]]]:
-    """Partitions by rule; with ``all``, rules that can't split the model so are left out."""
+    """Partitions by rule; with ``all``, rules that can't split this model are left out."""
     found = []
     for name in RULES if "all" in names else names:
         try:
             found.append((f"rule {name}", boundaries_of_rule(name, profile.layers, stages)))
-        except WorkloadError:
+        except (WorkloadError, PartitionFormatError):
             if "all" not in names:
                 raise
     return found

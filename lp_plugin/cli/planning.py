@@ -10,6 +10,7 @@ import typer
 from lp_plugin.cli import request as ask
 from lp_plugin.cli.app import app, console
 from lp_plugin.errors import WorkloadError
+from lp_plugin.picture import check_picture, plan_picture
 from lp_plugin.planfile import load_plan, save_plan
 from lp_plugin.planner import make_plan
 from lp_plugin.report import plan_report
@@ -71,6 +72,8 @@ def plan(
                 "--strategy all tries every number of stages and shards, and decides nothing; leave "
                 "out --stages, --tensor-parallel, --best-order, --objective and -o, and plan your choice with them."
             )
+        if picture is not None:
+            check_picture(picture)
         from lp_plugin.cli.strategies import compare_all  # noqa: PLC0415 - only this option needs it
 
         compare_all(profile, devices, workload, bounds, picture)
@@ -101,8 +104,6 @@ def explain(
     ] = None,
 ) -> None:
     """Show a plan and draw it: memory by kind against capacity, pipeline timeline."""
-    from lp_plugin.picture import plan_picture  # noqa: PLC0415 - matplotlib is slow to import
-
     loaded = load_plan(plan_file)
     target = picture if picture is not None else plan_file.with_suffix(".png")
     plan_picture(loaded, target)

@@ -14,6 +14,7 @@ from lp_plugin.cli.app import app, console
 from lp_plugin.model import ModelProfile
 from lp_plugin.model.architecture import DTYPE_BYTES
 from lp_plugin.model.quantization import WEIGHT_DTYPES
+from lp_plugin.picture import check_picture
 from lp_plugin.sweep.grid import Grid, Point, parse_clusters, parse_names, parse_numbers
 from lp_plugin.sweep.grid import sweep as planned_points
 from lp_plugin.sweep.report import save_csv, sweep_report
@@ -54,6 +55,8 @@ def sweep(
         dtypes=parse_names("--dtype", dtype, DTYPE_BYTES) if dtype is not None else (None,),
         weight_dtypes=parse_names("--weights", weights, WEIGHT_DTYPES) if weights is not None else (None,),
     )
+    if picture is not None:
+        check_picture(picture)
     bounds = ask.constraints_of(max_latency, min_tokens_per_second, min_sequences, max_memory, tier)
     workload = ask.workload_of(phase, max(grid.batches), max(grid.sequences), micro_batch)
 

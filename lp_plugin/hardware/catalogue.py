@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import functools
 import re
@@ -17,6 +18,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from lp_plugin.errors import HardwareError
+from lp_plugin.files import read_text
 from lp_plugin.hardware.device import Device, Link, MemoryTier, check_count, slower_link
 from lp_plugin.quantity import parse_bytes, parse_flops, parse_rate, parse_seconds, shown
 
@@ -139,6 +141,7 @@ class _OwnEntry(_DeviceTable):
 class _CatalogueEntry(_Table):
     type: str
     count: int
+    layer_overhead: _Seconds | None = None
 
 
 class _ClusterFile(_Table):
@@ -159,13 +162,7 @@ _TableT = TypeVar("_TableT", bound=_Table)
 
 
 def _read_tables(path: Path) -> dict[str, Any]:
-    if path.exists() and not path.is_file():
-        raise OSError("it is a folder or a special file, no regular file")
-    with path.open("rb") as file:
-        raw = file.read(_MAX_FILE_BYTES + 1)
-    if len(raw) > _MAX_FILE_BYTES:
-        raise HardwareError(f"it has more than {_MAX_FILE_BYTES} bytes; join equal neighbours by their count.")
-    text = raw.decode("utf-8")
+    text = read_text(path, _MAX_FILE_BYTES, "join equal neighbours by their count")
     for number, line in enumerate(text.split("\n"), 1):
         if line.count(".") > _MAX_DOTS and not line.lstrip().startswith("#"):
             raise HardwareError(f"line {number} has {line.count('.')} dots; write at most {_MAX_DOTS} in a line.")
@@ -239,6 +236,9 @@ def _entry(table: dict[str, Any], where: str) -> _Entry:
     check_count(f"{where}.count", known.count)
     with _located(f"{where}.type"):
         device = load_device(known.type)
+    if known.layer_overhead is not None:
+        with _located(where):
+            device = dataclasses.replace(device, layer_overhead_seconds=known.layer_overhead)
     return _Entry(
         count=known.count,
         device=device,

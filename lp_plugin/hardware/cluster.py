@@ -14,7 +14,7 @@ from typing import Any
 
 from lp_plugin.errors import HardwareError
 from lp_plugin.hardware.catalogue import load_device, load_link, load_network, load_node_size, read_chain
-from lp_plugin.hardware.device import COMPARED_BYTES, Device, Link, check_count, is_whole, slower_link
+from lp_plugin.hardware.device import COMPARED_BYTES, Device, Link, check_count, check_items, is_whole, slower_link
 from lp_plugin.quantity import shown
 
 __all__ = ["Cluster"]
@@ -49,6 +49,8 @@ class Cluster:
     """The slowest link inside each group; none if ``group_size`` is 1."""
 
     def __post_init__(self) -> None:
+        for field, kind in (("devices", Device), ("links", Link), ("group_links", Link)):
+            check_items(f"the cluster: {field}", getattr(self, field), kind)
         if len(self.links) != len(self.devices) - 1:
             raise HardwareError(
                 f"the cluster has {len(self.devices)} devices and {len(self.links)} links; "
@@ -85,6 +87,8 @@ class Cluster:
                 remedy = "give a link, which joins all neighbours, or devices_per_node"
                 raise HardwareError(f"the cluster: devices_per_node is {devices_per_node} beside a link; {remedy}.")
         chosen = load_device(device) if isinstance(device, str) else device
+        if not isinstance(chosen, Device):
+            raise HardwareError(f"the cluster: device is {shown(device)}; give a Device, or a name from the catalogue.")
         if count == 1 or link is not None:
             return cls(devices=(chosen,) * count, links=() if link is None else (link,) * (count - 1))
         size = devices_per_node or load_node_size(chosen.name) or count
@@ -103,9 +107,9 @@ class Cluster:
         Raises:
             HardwareError: If the text has none of these forms, the name is unknown, or the file is wrong.
         """
-        if spec.endswith(".toml"):
+        if isinstance(spec, str) and spec.endswith(".toml"):
             return cls.from_toml(spec)
-        match = _SPEC.fullmatch(spec)
+        match = _SPEC.fullmatch(spec) if isinstance(spec, str) else None
         if match is None:
             forms = 'a device and how many, as in "h100-sxm:16" or "h100-sxm:2x8", or the path of a .toml file'
             raise HardwareError(f"cluster {shown(spec)} is not understood; write {forms}.")

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 from lp_plugin.errors import HardwareError
 from lp_plugin.quantity import shown
 
-__all__ = ["COMPARED_BYTES", "Device", "Link", "MemoryTier", "check_count", "is_whole", "slower_link"]
+__all__ = ["COMPARED_BYTES", "Device", "Link", "MemoryTier", "check_count", "check_items", "is_whole", "slower_link"]
 
 COMPARED_BYTES = 2**20
 """Links are compared by the time of a message of this size: it counts latency and bandwidth."""
@@ -71,19 +72,22 @@ class Device:
     """Least seconds of an eagerly launched transformer layer, however small (launch overhead); measured."""
 
     def __post_init__(self) -> None:
+        check_items(f"Device {shown(self.name)}: tiers", self.tiers, MemoryTier)
         capacities = [tier.capacity_bytes for tier in self.tiers]
         if not capacities or sorted(set(capacities)) != capacities:
             bound = "at least one, from small to large"
             raise HardwareError(f"Device {shown(self.name)}: its tiers have {shown(capacities)} bytes; give {bound}.")
+        if len({tier.name for tier in self.tiers}) < len(self.tiers):
+            names = shown([tier.name for tier in self.tiers])
+            raise HardwareError(f"Device {shown(self.name)}: its tiers are called {names}; give each its own name.")
         for fast, slow in pairwise(self.tiers):
             slower = slow.achieved_bytes_per_second <= fast.achieved_bytes_per_second
             if not slower or slow.usable_bytes < fast.usable_bytes:
                 bound = "the next tier must be no faster and hold no less"
                 names = f"{shown(fast.name)} and {shown(slow.name)}"
                 raise HardwareError(f"Device {shown(self.name)}: tiers {names}: {bound}.")
-        peaks = dict(self.peak_flops)
-        sound = all(_is_number(peak, _SMALLEST, _LARGEST) for peak in peaks.values())
-        if not sound or not peaks or len(peaks) != len(self.peak_flops):
+        sound = isinstance(self.peak_flops, tuple) and all(_is_peak(pair) for pair in self.peak_flops)
+        if not sound or not 0 < len(self.peak_flops) == len(dict(self.peak_flops)):
             bound = "at least one dtype, each once, with a peak over 0 and finite"
             raise HardwareError(f"Device {shown(self.name)}: peak_flops is {shown(self.peak_flops)}; give {bound}.")
         _check(self, "compute_efficiency", "layer_overhead_seconds")
@@ -177,6 +181,12 @@ def check_count(what: str, value: int) -> None:
         raise HardwareError(f"{what} is {shown(value)}; it must be a whole number, 1 to {_MAX_DEVICES}.")
 
 
+def check_items(what: str, items: object, kind: type) -> None:
+    """Raises HardwareError, which begins with ``what``, unless the items are a tuple of ``kind`` alone."""
+    if not isinstance(items, tuple) or not all(isinstance(item, kind) for item in items):
+        raise HardwareError(f"{what} is {shown(items)}; it must be a tuple of {kind.__name__}.")
+
+
 def is_whole(value: int, largest: int) -> bool:
     """Whether the value is a whole number, no bool, from 1 to ``largest``."""
     return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= largest
@@ -186,8 +196,15 @@ def _is_number(value: float, smallest: float, largest: float) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and smallest <= value <= largest
 
 
+def _is_peak(pair: Any) -> bool:
+    named = isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str)
+    return named and _is_number(pair[1], _SMALLEST, _LARGEST)
+
+
 def _check(item: Device | MemoryTier | Link, *fields: str) -> None:
-    """Fractions and efficiencies are over 0 and at most 1, seconds at least 0, all other fields over 0."""
+    """Names are text; fractions and efficiencies are over 0 and at most 1, seconds at least 0, other fields over 0."""
+    if not isinstance(item.name, str) or not item.name:
+        raise HardwareError(f"{type(item).__name__}: name is {shown(item.name)}; it must be text, and not empty.")
     for field in fields:
         value = getattr(item, field)
         largest = 1.0 if field.endswith(("_fraction", "_efficiency")) else _LARGEST

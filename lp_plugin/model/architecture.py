@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lp_plugin.errors import ModelConfigError, UnsupportedModelError
+from lp_plugin.files import read_text
 from lp_plugin.model.families import FAMILIES
 from lp_plugin.model.quantization import Quantization, read_quantization
 
@@ -39,6 +40,8 @@ __all__ = [
 Norm = Literal["rms", "layer"]
 NormVectors = Literal[0, 1, 2]
 QkNorm = Literal["none", "head", "full"]
+_MOST_BYTES = 4_000_000  # of a config.json; real ones have some thousands
+
 DTYPE_BYTES: Mapping[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
 """Bytes of one stored element, for the precisions that models are run in."""
 
@@ -240,7 +243,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
     try:
         if file.is_dir():
             file = file / "config.json"
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = json.loads(read_text(file, _MOST_BYTES, "a config.json has some thousands"))
     except FileNotFoundError:
         raise ModelConfigError(
             f"{file} does not exist; give a Hugging Face model directory or its config.json "

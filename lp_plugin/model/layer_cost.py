@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
 
 from lp_plugin.errors import ModelConfigError
 from lp_plugin.quantity import shown
 
-__all__ = ["LayerCost", "check_layers"]
+__all__ = ["FieldRule", "LayerCost", "check_fields", "check_layers", "field_rules"]
 
-_LARGEST = 1e30  # of any cost: beyond what exists, and sums of it stay finite
+FieldRule = tuple[str, Any, tuple[type, ...], str]
+"""Name and default of a field, the types that it may have, and its bound in words."""
+
+_LARGEST = sys.float_info.max  # of any cost: it is finite
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,28 +81,48 @@ class LayerCost:
     """Measured backward seconds; None means twice the forward ones."""
 
 
-_AMOUNTS = tuple(
-    name
-    for name, kind in LayerCost.__annotations__.items()
-    if name not in {"name", "kind", "shared_key", "causal", "runs_once"} and ("int" in kind or "float" in kind)
-)
+_KINDS: Mapping[str, tuple[tuple[type, ...], str]] = {
+    "str": ((str,), "text"),
+    "bool": ((bool,), "True or False"),
+    "int": ((int,), f"a whole number of 0 to {_LARGEST:g}"),
+    "float": ((int, float), f"a number of 0 to {_LARGEST:g}"),
+}
+
+
+def field_rules(kind: type) -> tuple[FieldRule, ...]:
+    """What `check_fields` asks of a dataclass: name, default, types and bound of its plain fields."""
+    plain = [(field, str(field.type).removesuffix(" | None")) for field in fields(kind)]
+    return tuple((field.name, field.default, *_KINDS[name]) for field, name in plain if name in _KINDS)
+
+
+def check_fields(what: str, item: Any, rules: Sequence[FieldRule]) -> None:
+    """Refuses values of a wrong type, and numbers that are no finite amounts; defaults are sound.
+
+    Raises:
+        ModelConfigError: Naming the item, which begins with ``what``, and the field.
+    """
+    for field, default, types, bound in rules:
+        value = getattr(item, field)
+        if value is default:
+            continue
+        sound = isinstance(value, types) and (bool in types or not isinstance(value, bool))
+        if not sound or (int in types and not 0 <= value <= _LARGEST):
+            raise ModelConfigError(f"{what} {shown(item.name)}: {field} is {shown(value)}; it must be {bound}.")
+
+
+_RULES = field_rules(LayerCost)
 
 
 def check_layers(layers: Sequence[LayerCost]) -> None:
-    """Refuses costs that are no finite amounts, and names that come twice.
+    """Refuses costs that are no finite amounts, fields of a wrong type, and names that come twice.
 
     Raises:
         ModelConfigError: Naming the layer and the field.
     """
-    for field in _AMOUNTS:
-        for layer in layers:
-            value = getattr(layer, field)
-            if value is None and "None" in LayerCost.__annotations__[field]:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= _LARGEST:
-                raise ModelConfigError(
-                    f"layer {shown(layer.name)}: {field} is {shown(value)}; it must be a number of 0 to {_LARGEST:g}."
-                )
+    for position, layer in enumerate(layers):
+        if not isinstance(layer, LayerCost):
+            raise ModelConfigError(f"layers holds {shown(layer)} at position {position}; give a LayerCost for each.")
+        check_fields("layer", layer, _RULES)
     for layer in layers:
         if layer.expert_bytes and not 1 <= layer.experts_per_token <= layer.num_experts:
             raise ModelConfigError(

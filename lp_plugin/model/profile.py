@@ -15,10 +15,12 @@ from typing import Any, get_args
 
 from lp_plugin.errors import ModelConfigError, WorkloadError
 from lp_plugin.hardware import Device
+from lp_plugin.hardware.device import is_whole
 from lp_plugin.model.architecture import DTYPE_BYTES, Architecture, read_architecture, read_config
-from lp_plugin.model.layer_cost import LayerCost, check_layers
+from lp_plugin.model.layer_cost import LayerCost, check_fields, check_layers, field_rules
 from lp_plugin.model.layers import Granularity, count_layers
 from lp_plugin.model.quantization import read_quantization
+from lp_plugin.quantity import shown
 
 __all__ = ["ModelProfile"]
 
@@ -58,6 +60,20 @@ class ModelProfile:
     """How matrices are stored if quantised, e.g. ``float8``, ``int8`` or ``int4``; None: as ``dtype``."""
 
     def __post_init__(self) -> None:
+        most, positions = _MAX_DEVICES, self.max_positions
+        for field, sound, bound in (
+            ("layers", isinstance(self.layers, tuple), "a tuple of LayerCost"),
+            ("dtype", self.dtype in tuple(DTYPE_BYTES), f"one of {', '.join(sorted(DTYPE_BYTES))}"),
+            ("max_positions", positions is None or is_whole(positions, 2**63), "a whole number of 1 to 2**63, or None"),
+            ("measured_on", isinstance(self.measured_on, Device | None), "a Device or None"),
+            ("architecture", isinstance(self.architecture, Architecture | None), "an Architecture or None"),
+            ("granularity", self.granularity in get_args(Granularity), "layer or sublayer"),
+            ("tensor_parallel", is_whole(self.tensor_parallel, most), f"a whole number of 1 to {most}"),
+        ):
+            if not sound:
+                value = shown(getattr(self, field))
+                raise ModelConfigError(f"model {shown(self.name)}: {field} is {value}; it must be {bound}.")
+        check_fields("model", self, _RULES)
         if not self.layers:
             raise ModelConfigError("the model has no layers; a pipeline needs at least one.")
         check_layers(self.layers)
@@ -136,6 +152,10 @@ class ModelProfile:
         """
         if isinstance(path_or_config, Mapping):
             config, name = path_or_config, str(path_or_config.get("model_type", "model"))
+        elif not isinstance(path_or_config, str | Path):
+            raise ModelConfigError(
+                f"the config is {shown(path_or_config)}; give a model directory, a config.json, or its contents."
+            )
         else:
             config = read_config(path_or_config)
             path = Path(path_or_config)
@@ -203,7 +223,7 @@ class ModelProfile:
             WorkloadError: If heads or inner widths can't be shared out, or the profile is of plain or measured costs.
         """
         number = tensor_parallel
-        if not isinstance(number, int) or isinstance(number, bool) or not 1 <= number <= _MAX_DEVICES:
+        if not is_whole(number, _MAX_DEVICES):
             raise WorkloadError(f"tensor_parallel is {number!r}; it must be a whole number of 1 to {_MAX_DEVICES}.")
         return self._again(self._derived("shard"), number)
 
@@ -288,6 +308,9 @@ class ModelProfile:
             tensor_parallel=tensor_parallel,
             weight_dtype=None if quantization is None else quantization.weight_dtype,
         )
+
+
+_RULES = field_rules(ModelProfile)
 
 
 def _row(layer: LayerCost, size: int) -> list[Any]:

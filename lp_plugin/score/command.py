@@ -10,8 +10,8 @@ from pathlib import Path
 
 from rich.console import Console
 
+from lp_plugin.files import write_atomically
 from lp_plugin.picture import timeline_picture
-from lp_plugin.planfile import write_atomically
 from lp_plugin.report import WIDTH
 from lp_plugin.score.job import ScoreJob, prepare
 from lp_plugin.score.launch import join_launcher, launch_local, prepare_environment, run_and_report

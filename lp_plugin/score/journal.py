@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lp_plugin.errors import DocumentError
-from lp_plugin.planfile import write_atomically
+from lp_plugin.files import write_atomically
 
 __all__ = ["Journal", "Score"]
 

@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lp_plugin.errors import InvalidInputError
-from lp_plugin.planfile import write_atomically
+from lp_plugin.files import write_atomically
 from lp_plugin.quantity import format_seconds
 from lp_plugin.sweep.grid import Point
 

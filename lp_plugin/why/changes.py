@@ -28,6 +28,8 @@ _OPTIONS = {
 }
 """Field of `Constraints` -> option of ``lp-plugin plan``."""
 
+_MOST_LAYERS = 1_000
+"""Of a chain that changes are sought for."""
 _TRIED_IN_TURN = 8
 """More devices tried one by one, before their number is doubled: in training, more may be worse."""
 _BITS = {"float8": 8, "int8": 8, "int4": 4}
@@ -65,7 +67,12 @@ def _relaxation(request: Request, name: str) -> Relaxation:
 
 
 def remedies(request: Request) -> tuple[str, ...]:
-    """Single changes to the request that make it feasible, the least intrusive first."""
+    """Single changes to the request that make it feasible, the least intrusive first.
+
+    None for chains so long that each of the hundreds of trials would take a second.
+    """
+    if request.profile.num_layers > _MOST_LAYERS:
+        return ()
     searches = (_micro_batch, _training, _last_device, _granularity, _devices, _weights, _dtype, _batch, _sequence)
     return tuple(text for search in searches for text, _ in search(request))
 

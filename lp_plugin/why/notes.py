@@ -61,16 +61,17 @@ def _micro_batch(plan: Plan, profile: ModelProfile, cluster: Cluster) -> str:
     whole = per_token * workload.total_tokens
     one = per_token * workload.chosen_micro_batch * workload.tokens_per_sequence
     capacity = min(device.memory.capacity_bytes for device in cluster.devices)
+    bubble = f"; the bubble is {plan.bubble_fraction:.1%}" if plan.num_stages > 1 else ""
     cut = (
         f"{plan.num_micro_batches} micro-batches of {workload.chosen_micro_batch} "
-        f"({format_bytes(one)} of activations each)"
+        f"({format_bytes(one)} of activations each){bubble}"
     )
     if whole > capacity:
         return (
             f"The batch must be cut: in one piece its activations at a stage boundary are {format_bytes(whole)}, "
             f"more than a device's {format_bytes(capacity)}. It is cut into {cut}."
         )
-    return f"The batch is cut into {cut}, so that the bubble is {plan.bubble_fraction:.1%}."
+    return f"The batch is cut into {cut}."
 
 
 def _kv_cache(plan: Plan, profile: ModelProfile, cluster: Cluster) -> str:
@@ -92,5 +93,5 @@ def _kv_cache(plan: Plan, profile: ModelProfile, cluster: Cluster) -> str:
     return (
         f"Prefill keeps no KV cache. Kept for decoding it would be {format_bytes(per_token)} per token, "
         f"{format_bytes(whole)} for this batch, against {format_bytes(total)} of device memory: "
-        f"about {room} sequences would fit."
+        f"about {room} {'sequence' if room == 1 else 'sequences'} would fit."
     )

@@ -222,12 +222,23 @@ def _marks(plan: Plan, constraints: Constraints, cluster: Cluster) -> dict[int, 
         if stage.max_sequences is not None and stage.max_sequences < limits.sequences:
             found.append(f"room for {stage.max_sequences}")
         if stage.seconds > limits.seconds:
-            found.append(f"over {format_seconds(limits.seconds)}")
+            found.append(f"too slow for {_too_fast(constraints, plan.workload, stage.seconds)}")
         if limits.tier is not None and names.index(stage.tier) > names.index(limits.tier):
             found.append(f"leaves {limits.tier}")
         if found:
             marks[position] = ", ".join(found)
     return marks
+
+
+def _too_fast(constraints: Constraints, workload: Workload, stage_seconds: float) -> str:
+    """The rate and the latency that a stage of so many seconds is too slow for; one of them at least."""
+    rate, latency = constraints.min_tokens_per_second, constraints.max_latency_seconds
+    asked = []
+    if stage_seconds > stage_limits(Constraints(min_tokens_per_second=rate), workload)[0].seconds and rate is not None:
+        asked.append(f"{f'{rate:,.0f}' if rate >= 100 else f'{rate:.3g}'} tokens/s")
+    if stage_seconds > stage_limits(Constraints(max_latency_seconds=latency), workload)[0].seconds and latency:
+        asked.append(f"a latency of {format_seconds(latency)}")
+    return " and ".join(asked)
 
 
 def _smallest(workload: Workload) -> Workload:

@@ -35,7 +35,7 @@ __all__ = [
 
 Width = Annotated[int, Field(gt=0, le=2**24)]
 """A size of a tensor. The bound is far above any model and keeps sums of products exact."""
-Depth = Annotated[int, Field(gt=0, le=20_000)]
+Depth = Annotated[int, Field(gt=0, le=4_096)]
 """A number of blocks."""
 Length = Annotated[int, Field(gt=0, le=2**31)]
 """A number of tokens."""

@@ -1,0 +1,63 @@
+"""Files whole or not at all: bounded reading, atomic writing, regular files only."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+__all__ = ["check_target", "read_text", "write_atomically"]
+
+
+def read_text(path: Path, most_bytes: int, remedy: str) -> str:
+    """The text of a file in UTF-8.
+
+    Args:
+        path: The file.
+        most_bytes: That it may have.
+        remedy: What to do if it has more, for the message.
+
+    Raises:
+        OSError: If it is missing, no regular file (a device may never end), or larger than ``most_bytes``.
+        ValueError: If it is not UTF-8, or the path can't be one.
+    """
+    if path.exists() and not path.is_file():
+        raise OSError("it is a folder or a special file, not a regular file")
+    with path.open("rb") as file:
+        raw = file.read(most_bytes + 1)
+    if len(raw) > most_bytes:
+        raise OSError(f"it has more than {most_bytes:,} bytes; {remedy}")
+    return raw.decode("utf-8")
+
+
+def check_target(path: Path) -> None:
+    """Refuses to replace what is no regular file.
+
+    Raises:
+        OSError: If the path is a folder, a device, a pipe, or names nothing.
+    """
+    if path.exists() and not path.is_file():
+        raise OSError("it is a folder or a special file; give the name of a regular file")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a text file through a temporary file beside it and a rename.
+
+    Raises:
+        OSError: If the folder can't be written, or the target is no regular file; nothing is left behind.
+    """
+    check_target(path)
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    temporary = Path(name)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)  # mkstemp makes it private; a result is an ordinary file
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
