@@ -5,11 +5,11 @@ Each rule is written from the engine's published source, named in its docstring.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 
 from lp_plugin.errors import WorkloadError
 from lp_plugin.exchange.counts import NamedLayer, block_starts, boundaries_from_counts
+from lp_plugin.solver.solve import uniform_boundaries
 
 __all__ = [
     "BLOCK_RULES",
@@ -164,9 +164,8 @@ def deepspeed_uniform(num_layers: int, num_stages: int) -> tuple[int, ...]:
         >>> deepspeed_uniform(19, 4)
         (0, 5, 10, 15, 19)
     """
-    each, rest = _share(num_layers, num_stages, "layers")
-    sizes = (each + (stage < rest) for stage in range(num_stages))
-    return tuple(itertools.accumulate(sizes, initial=0))
+    _share(num_layers, num_stages, "layers")  # refuses empty stages
+    return uniform_boundaries(num_layers, num_stages)
 
 
 BLOCK_RULES: Mapping[str, Callable[[int, int], tuple[int, ...]]] = {
