@@ -99,7 +99,11 @@ def _least_work(tables: list[StageTable], num_layers: int) -> float:
 
 def _can_fill(stages: Sequence[Seconds], num_layers: int) -> bool:
     """Whether the layers can be cut so that each stage can hold its run: which cuts the first stages reach."""
-    furthest = {id(stage): _furthest(stage, num_layers) for stage in stages}
+    distinct = {id(stage): stage for stage in stages}
+    index = np.arange(num_layers)
+    if not np.all(np.any([stage.inner(index, index + 1) < np.inf for stage in distinct.values()], axis=0)):
+        return False  # some layer alone is too much for every stage
+    furthest = {key: _furthest(stage, num_layers) for key, stage in distinct.items()}
     reached = np.zeros(num_layers + 1, dtype=np.bool_)
     reached[0] = True
     for stage in stages:
