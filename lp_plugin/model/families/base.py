@@ -1,6 +1,7 @@
 """What all families share: checked keys, bounds, and the plain decoder that a family differs from."""
 
 import reprlib
+from abc import abstractmethod
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
@@ -85,9 +86,9 @@ class FamilyConfig(BaseModel):
             value = reprlib.repr(first["input"])
             raise ModelConfigError(f"{model_type} config: {key} is {value}: {first['msg'].lower()}.") from None
 
+    @abstractmethod
     def architecture(self, model_type: str, dtype: str, quantization: Quantization | None) -> Architecture:
         """The numbers that costs depend on."""
-        raise NotImplementedError
 
 
 class DecoderConfig(FamilyConfig):
@@ -251,9 +252,9 @@ class SlidingConfig(DecoderConfig):
     sliding_window: Length | None = 4096
     layer_types: list[str] | None = None
 
+    @abstractmethod
     def slides(self, index: int) -> bool:
         """Whether a block slides where ``layer_types`` does not say."""
-        raise NotImplementedError
 
     def windows(self) -> tuple[int | None, ...]:
         """Attention window of each block."""
