@@ -175,8 +175,11 @@ def test_a_decode_batch_that_does_not_fit_is_cut_to_the_most_that_do(
 
 def test_a_decode_batch_is_cut_where_it_must_be() -> None:
     """Weights of 100 bytes and a cache of 10 per sequence: 90 sequences on 1,000 bytes, 95 beside half the weights."""
-    layer = LayerCost(name="layer", weight_bytes=50, weight_traffic_bytes=50, kv_bytes_per_token=5, flops_per_token=1.0)
-    profile = ModelProfile(name="two", layers=(layer, layer), dtype="float16", input_bytes_per_token=0.0)
+    layers = tuple(
+        LayerCost(name=name, weight_bytes=50, weight_traffic_bytes=50, kv_bytes_per_token=5, flops_per_token=1.0)
+        for name in ("first", "second")
+    )
+    profile = ModelProfile(name="two", layers=layers, dtype="float16", input_bytes_per_token=0.0)
     cluster = Cluster.homogeneous(device(1000), 2, FREE)
     made = compare(profile, cluster, Workload(phase="decode", batch=1000, sequence=1))
     held = {outcome.strategy.label: outcome.sequences for outcome in made.outcomes}
