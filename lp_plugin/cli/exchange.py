@@ -18,6 +18,7 @@ from lp_plugin.integrations.formats import FORMATS, export_partition, import_par
 from lp_plugin.model import ModelProfile
 from lp_plugin.planfile import load_plan, save_plan
 from lp_plugin.report import stage_table
+from lp_plugin.workload import Workload
 
 __all__ = ["export", "score"]
 
@@ -47,7 +48,7 @@ def score(
 ) -> None:
     """Score partitions written by hand or by another engine's rule against the best one; needs no GPU."""
     profile, devices = ask.described(model, cluster, dtype=dtype, weights=weights, granularity=granularity)
-    workload = ask.workload_of(phase, batch, sequence, micro_batch)
+    workload = Workload(phase=phase, batch=batch, sequence=sequence, micro_batch=micro_batch)
     named = [_imported(text, profile, stages) for text in partition or ()]
     found = len(named[0][1]) - 1 if named else len(devices.devices)
     count = found if stages is None else stages

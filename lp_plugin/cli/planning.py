@@ -14,6 +14,7 @@ from lp_plugin.picture import check_picture, plan_picture
 from lp_plugin.planfile import load_plan, save_plan
 from lp_plugin.planner import make_plan
 from lp_plugin.report import plan_report
+from lp_plugin.workload import Workload
 
 __all__ = ["explain", "plan"]
 
@@ -55,11 +56,11 @@ def plan(
     profile, devices = ask.described(
         model, cluster, dtype=dtype, weights=weights, granularity=granularity, tensor_parallel=tensor_parallel
     )
-    workload = ask.workload_of(
-        phase,
-        batch,
-        sequence,
-        micro_batch,
+    workload = Workload(
+        phase=phase,
+        batch=batch,
+        sequence=sequence,
+        micro_batch=micro_batch,
         checkpointing=checkpointing,
         zero_stage=zero_stage,
         data_parallel=data_parallel,

@@ -10,7 +10,6 @@ from lp_plugin.hardware import Cluster
 from lp_plugin.model import ModelProfile
 from lp_plugin.objective import Constraints
 from lp_plugin.quantity import parse_bytes, parse_seconds
-from lp_plugin.workload import Workload
 
 __all__ = [
     "Batch",
@@ -35,7 +34,6 @@ __all__ = [
     "ZeroStage",
     "constraints_of",
     "described",
-    "workload_of",
 ]
 
 Model = Annotated[str, typer.Argument(help="Model directory or its config.json; no weights needed.")]
@@ -100,26 +98,4 @@ def constraints_of(
         min_sequences=min_sequences,
         max_memory_bytes=None if max_memory is None else parse_bytes(max_memory),
         tier=tier,
-    )
-
-
-def workload_of(
-    phase: Literal["prefill", "decode", "train"],
-    batch: int,
-    sequence: int,
-    micro_batch: int | None,
-    *,
-    checkpointing: bool = False,
-    zero_stage: int = 0,
-    data_parallel: int = 1,
-) -> Workload:
-    """What is asked of the model."""
-    return Workload(
-        phase=phase,
-        batch=batch,
-        sequence=sequence,
-        micro_batch=micro_batch,
-        checkpointing=checkpointing,
-        zero_stage=zero_stage,
-        data_parallel=data_parallel,
     )

@@ -18,6 +18,7 @@ from lp_plugin.picture import check_picture
 from lp_plugin.sweep.grid import Grid, Point, parse_clusters, parse_names, parse_numbers
 from lp_plugin.sweep.grid import sweep as planned_points
 from lp_plugin.sweep.report import save_csv, sweep_report
+from lp_plugin.workload import Workload
 
 __all__ = ["sweep"]
 
@@ -58,7 +59,7 @@ def sweep(
     if picture is not None:
         check_picture(picture)
     bounds = ask.constraints_of(max_latency, min_tokens_per_second, min_sequences, max_memory, tier)
-    workload = ask.workload_of(phase, max(grid.batches), max(grid.sequences), micro_batch)
+    workload = Workload(phase=phase, batch=max(grid.batches), sequence=max(grid.sequences), micro_batch=micro_batch)
 
     def profile_of(precision: str | None, stored: str | None) -> ModelProfile:
         return ModelProfile.from_config(model, dtype=precision, weight_dtype=stored, granularity=granularity)
