@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
+from lp_plugin.job.documents import read_documents, tokenize
 from lp_plugin.model.architecture import read_architecture, read_config
 from lp_plugin.score.batches import make_steps
-from lp_plugin.score.documents import read_documents, tokenize
 from lp_plugin.score.likelihood import log_likelihoods
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from lp_plugin.score.documents import TokenizedDocuments
+from lp_plugin.job.documents import TokenizedDocuments
 
 __all__ = ["IGNORED", "Step", "make_steps", "pad_length"]
 

@@ -11,10 +11,10 @@ from pathlib import Path
 from rich.console import Console
 
 from lp_plugin.files import write_atomically
+from lp_plugin.job.launch import join_launcher, launch_local, prepare_environment, run_and_report
 from lp_plugin.picture import timeline_picture
 from lp_plugin.report import WIDTH
 from lp_plugin.score.job import ScoreJob, prepare
-from lp_plugin.score.launch import join_launcher, launch_local, prepare_environment, run_and_report
 from lp_plugin.score.outcome import Outcome
 
 __all__ = ["score"]

@@ -16,11 +16,11 @@ from lp_plugin.errors import (
     WorkloadError,
 )
 from lp_plugin.hardware import Cluster
+from lp_plugin.job.documents import TokenizedDocuments, read_documents, tokenize
 from lp_plugin.model import ModelProfile
 from lp_plugin.model.architecture import read_config
 from lp_plugin.plan import Plan
 from lp_plugin.planfile import check_model, load_plan
-from lp_plugin.score.documents import TokenizedDocuments, read_documents, tokenize
 
 __all__ = ["ScoreJob", "prepare"]
 

@@ -9,10 +9,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
+from lp_plugin.job.documents import TokenizedDocuments
 from lp_plugin.plan import Plan
 from lp_plugin.report import WIDTH, stage_table, summary
 from lp_plugin.score.batches import Step
-from lp_plugin.score.documents import TokenizedDocuments
 
 __all__ = ["Progress"]
 

@@ -22,10 +22,10 @@ from lp_plugin.integrations.deepspeed.engine import (
     stage_alone_seconds,
 )
 from lp_plugin.integrations.transformers.pipeline import HFPipelineModule
+from lp_plugin.job.journal import Journal, Score
 from lp_plugin.plan import Plan
 from lp_plugin.score.batches import Step, make_steps, pad_length
 from lp_plugin.score.job import ScoreJob
-from lp_plugin.score.journal import Journal, Score
 from lp_plugin.score.likelihood import log_likelihoods
 from lp_plugin.score.outcome import Outcome, RankTimes
 from lp_plugin.score.progress import Progress

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from lp_plugin.errors import RankFailedError, RuntimeEnvironmentError
-from lp_plugin.score import launch
+from lp_plugin.job import launch
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 SLURM = ("PROCID", "LOCALID", "NTASKS", "STEP_NUM_TASKS", "STEP_TASKS_PER_NODE", "JOB_NODELIST", "JOB_NUM_NODES")
@@ -157,7 +157,7 @@ def test_an_interrupt_stays_one() -> None:
 @pytest.fixture
 def one_rank() -> str:
     """A script's beginning; what `run_and_report` does ends a process."""
-    return "import os; os.environ['RANK'] = '3'\nfrom lp_plugin.score.launch import *\nfrom lp_plugin.errors import *\n"
+    return "import os; os.environ['RANK'] = '3'\nfrom lp_plugin.job.launch import *\nfrom lp_plugin.errors import *\n"
 
 
 @pytest.mark.parametrize(

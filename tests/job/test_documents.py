@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lp_plugin.errors import DocumentError, ModelConfigError
-from lp_plugin.score.documents import Document, TokenizedDocuments, read_documents, tokenize
+from lp_plugin.job.documents import Document, TokenizedDocuments, read_documents, tokenize
 
 BEGIN = 256
 """The byte tokenizer's leading token; a byte is its own id."""

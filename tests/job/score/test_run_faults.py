@@ -22,9 +22,9 @@ from runs import BINARIES, EXAMPLES, MAX_POSITIONS, Command, finished, jsonl
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from lp_plugin.score.documents import read_documents, tokenize
+from lp_plugin.job.documents import read_documents, tokenize
+from lp_plugin.job.journal import Journal, Score
 from lp_plugin.score.job import prepare
-from lp_plugin.score.journal import Journal, Score
 from lp_plugin.score.likelihood import log_likelihoods
 
 # --- interruptions -----------------------------------------------------------------------------------------------

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lp_plugin.job.documents import TokenizedDocuments
 from lp_plugin.score.batches import IGNORED, Step, _groups, _rows, make_steps, pad_length
-from lp_plugin.score.documents import TokenizedDocuments
 
 STEADY = settings(deadline=None, derandomize=True, database=None, max_examples=200)
 MAX_POSITIONS = 120

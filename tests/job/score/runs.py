@@ -14,11 +14,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from lp_plugin.job.documents import read_documents, tokenize
 from lp_plugin.score.batches import make_steps
-from lp_plugin.score.documents import read_documents, tokenize
 from lp_plugin.score.likelihood import log_likelihoods
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+EXAMPLES = Path(__file__).parents[3] / "examples"
 MAX_POSITIONS = 512
 BINARIES = Path(sys.executable).parent
 PNG = b"\x89PNG"

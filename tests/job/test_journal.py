@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from lp_plugin.errors import DocumentError
-from lp_plugin.score.journal import Journal, Score
+from lp_plugin.job.journal import Journal, Score
 
 IDS = ("a", 7, "c", "é")
 SCORES = {index: Score(num_tokens=3 * index, log_likelihood=-1.1 * index) for index in range(len(IDS))}

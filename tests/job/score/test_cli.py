@@ -16,7 +16,7 @@ import lp_plugin
 from lp_plugin import Cluster, ModelProfile, Workload, cli, make_plan, save_plan
 from lp_plugin.planfile import load_plan
 
-REFERENCE = Path(__file__).parents[2] / "examples" / "dense16"
+REFERENCE = Path(__file__).parents[3] / "examples" / "dense16"
 
 Main = Callable[..., tuple[int, str, str]]
 Refused = Callable[..., str]

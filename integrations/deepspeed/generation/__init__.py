@@ -1,0 +1,1 @@
+"""Generation on DeepSpeed's pipeline engine: `engine.generate(...)`."""

@@ -1,0 +1,1 @@
+"""The job of `lp-plugin generate`: prompts in, continuations out."""
