@@ -44,12 +44,13 @@ def stage_module(model: PreTrainedModel, boundaries: Sequence[int], stage: int) 
         UnsupportedModelError: If the model can't be cut.
     """
     from lp_plugin.integrations.transformers.decoder import DecoderStage, num_layers  # noqa: PLC0415 - imports torch
+    from lp_plugin.integrations.transformers.materialize import materialize  # noqa: PLC0415 - imports torch
 
     check_boundaries(boundaries, num_layers(model.config))
     if not 0 <= stage < len(boundaries) - 1:
         raise PartitionFormatError(f"there is no stage {stage}; the boundaries make stages 0 to {len(boundaries) - 2}.")
     part = DecoderStage(model.config, boundaries[stage], boundaries[stage + 1])
-    part.materialize(model.device, model.dtype, tie=part.tied)
+    materialize(part, model.device, model.dtype, tie=part.tied)
     whole = model.state_dict(keep_vars=True)
     for name, tensor in part.model.state_dict(keep_vars=True).items():
         source = whole[part.checkpoint_name(name)]

@@ -17,14 +17,19 @@ from lp_plugin.integrations.transformers.runnable import RUNNABLE, check_runnabl
 from lp_plugin.model.families import FAMILIES
 from lp_plugin.score.job import prepare
 
-OTHERS = ["mixtral", "gemma2", "t5", "bert", "deepseek_v3", "opt"]
+OTHERS = ["gemma", "t5", "roberta", "deepseek_v3", "gptj"]
 
 
 def test_all_that_run_can_be_planned() -> None:
     assert set(FAMILIES) > RUNNABLE
-    assert len(RUNNABLE) == 7
+    assert len(RUNNABLE) == 18
     for family in RUNNABLE:
-        check_runnable({"model_type": family})
+        check_runnable({"model_type": family}, encodes=True)
+
+
+def test_an_encoder_neither_scores_nor_generates() -> None:
+    with pytest.raises(UnsupportedModelError, match=r"'bert' can be planned, but not run for scores.*embed\(\)"):
+        check_runnable({"model_type": "bert"})
 
 
 @pytest.mark.parametrize("family", OTHERS)
@@ -32,7 +37,7 @@ def test_a_job_of_another_family_is_refused_first(family: str, tmp_path: Path) -
     """Before the input, which is not there, is looked for."""
     (tmp_path / "config.json").write_text(json.dumps(small_config(family)))
     given: dict[str, Any] = {"directory": tmp_path, "input_path": tmp_path / "nothing", "output": tmp_path / "scores"}
-    with pytest.raises(UnsupportedModelError, match=rf"{family}.* can be planned, but not run.*gpt2.*starcoder2"):
+    with pytest.raises(UnsupportedModelError, match=rf"{family}.* can be planned, but not run.*bert.*starcoder2"):
         prepare(**dict.fromkeys(inspect.signature(prepare).parameters) | given | {"num_stages": 2})
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
@@ -45,7 +50,7 @@ def test_the_language_model_of_a_larger_one_is_not_run_either(tmp_path: Path) ->
         prepare(**dict.fromkeys(inspect.signature(prepare).parameters) | given | {"num_stages": 2})
 
 
-@pytest.mark.parametrize("family", ["mixtral", "gemma2"])
+@pytest.mark.parametrize("family", ["gemma", "gptj"])
 def test_a_stage_of_another_family_is_refused(family: str) -> None:
     with torch.device("meta"), pytest.raises(UnsupportedModelError, match=rf"{family}.* can be planned, but not run"):
         DecoderStage(their_config(small_config(family)), 0, 2)

@@ -1,22 +1,28 @@
-"""A Hugging Face decoder as a DeepSpeed PipelineModule."""
+"""A Hugging Face model as a DeepSpeed PipelineModule."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.pipe import LayerSpec, PipelineModule
+from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoConfig
 
-from lp_plugin.errors import InfeasibleError, PlanFileError
+from lp_plugin.errors import InfeasibleError, PlanFileError, WorldSizeError
 from lp_plugin.hardware import Cluster
 from lp_plugin.integrations.deepspeed.methods import detected_cluster, timed_profile, timing_share
-from lp_plugin.integrations.transformers.decoder import DecoderStage, num_layers
-from lp_plugin.integrations.transformers.weights import load_stage
+from lp_plugin.integrations.transformers.decoder import DecoderStage
+from lp_plugin.integrations.transformers.materialize import materialize, randomize
+from lp_plugin.integrations.transformers.tensor_parallel import shard_stage
+from lp_plugin.integrations.transformers.weights import check_checkpoint, load_stage
 from lp_plugin.model import ModelProfile
+from lp_plugin.objective import Objective
 from lp_plugin.plan import Plan
 from lp_plugin.planner import make_plan
 from lp_plugin.report import as_text, stage_table
@@ -27,28 +33,43 @@ __all__ = ["HFPipelineModule"]
 
 
 class HFPipelineModule(PipelineModule):
-    """Embedding, blocks, final norm and head of a decoder, one stage per rank; weights of its own stage only.
+    """All layers of a model, one stage per rank or tensor-parallel group; weights of the rank's own stage only.
 
-    The layer list is flat for partitioning; building makes one `DecoderStage` for the rank's range.
+    The layer list is flat for partitioning; building makes one `DecoderStage` for the rank's range. Ranks that share
+    a stage's layers are neighbours; replicas of the whole pipeline lie between them and the stages.
 
     Args:
         directory: Model directory with ``config.json`` and safetensors.
-        num_stages: Stages; the world size is a multiple of it.
+        num_stages: Stages.
         workload: What the plan is made for, and the shape that layers are timed on; without a micro-batch the
             planner chooses one from the catalogue's figures.
-        plan: Boundaries to use; None times the layers on the real devices and plans from that.
+        plan: Boundaries to use, between layers or halves of blocks; None makes a plan.
+        partition_method: How it is made: ``profile`` times the layers on the real devices (prefill), ``cache-aware``
+            takes the catalogue's figures, as decode always does.
+        objective: What it is made for; see `make_plan`.
         dtype: ``float32``, ``float16`` or ``bfloat16``; None takes the config's.
-        cluster: Devices and links to plan for, one per stage; None asks the driver on every rank.
-        loss_fn: What the last stage computes from logits and labels.
+        cluster: Devices and links of one pipeline to plan for, one (or one group) per stage; None asks the driver on
+            every rank.
+        loss_fn: What the last stage computes from its output and labels.
+        tensor_parallel: Ranks that share each stage's layers.
+        data_parallel: Replicas of the pipeline.
+        head: Whether the model ends with its head; without, the last stage gives the final hidden state.
 
     Attributes:
+        stage: This rank's layers.
         lp_plan: The plan that was used.
         lp_workload: The workload, its micro-batch chosen unless a plan was given.
+        lp_profile: The layers, as one rank of a tensor-parallel group holds them.
+        lp_cluster: What was planned for.
+        hf_config: transformers' configuration of the whole model.
 
     Raises:
-        PlanFileError: If the plan has other numbers of layers or stages.
-        UnsupportedModelError, WeightsError, InfeasibleError: From building, loading, planning.
+        WorldSizeError: If there are more or fewer processes.
+        PlanFileError: If the plan has other numbers of layers, stages or tensor-parallel ranks.
+        UnsupportedModelError, WeightsError, WorkloadError, InfeasibleError: From building, loading, planning.
     """
+
+    stage: DecoderStage
 
     def __init__(
         self,
@@ -57,89 +78,46 @@ class HFPipelineModule(PipelineModule):
         num_stages: int,
         workload: Workload,
         plan: Plan | None = None,
+        partition_method: Literal["profile", "cache-aware"] = "profile",
+        objective: Objective = "throughput",
         dtype: str | None = None,
         cluster: Cluster | None = None,
         loss_fn: Callable[[torch.Tensor, Any], torch.Tensor] | None = None,
+        tensor_parallel: int = 1,
+        data_parallel: int = 1,
+        head: bool = True,
     ) -> None:
+        _check_world(num_stages, tensor_parallel, data_parallel)
         self.directory = Path(directory)
         self.hf_config = AutoConfig.from_pretrained(self.directory, local_files_only=True)
-        self.lp_profile = ModelProfile.from_config(self.directory, dtype=dtype)
+        check_checkpoint(self.hf_config, self.directory, head=head)
+        granularity = "layer" if plan is None else plan.granularity
+        profile = ModelProfile.from_config(self.directory, dtype=dtype, granularity=granularity)
+        self.lp_profile = profile.sharded(tensor_parallel) if tensor_parallel > 1 else profile
         self.lp_workload = workload
         self._lp_given = plan
-        self._lp_cluster = cluster
-        count = num_layers(self.hf_config)
-        specs = [LayerSpec(DecoderStage, self.hf_config, index, index + 1) for index in range(count)]
-        super().__init__(specs, num_stages=num_stages, loss_fn=loss_fn)
+        self._lp_objective: Objective = objective
+        self._lp_wanted_cluster = cluster
+        self._lp_head = head
+        self._lp_mesh: Any = None
+        if tensor_parallel > 1:
+            shape = (num_stages, data_parallel, tensor_parallel)
+            self._lp_mesh = init_device_mesh(get_accelerator().device_name(), shape, mesh_dim_names=("pp", "dp", "tp"))
+        specs = [
+            LayerSpec(DecoderStage, self.hf_config, index, index + 1) for index in range(self.lp_profile.num_layers)
+        ]
+        topology = PipeModelDataParallelTopology(num_pp=num_stages, num_mp=tensor_parallel, num_dp=data_parallel)
+        super().__init__(specs, topology=topology, loss_fn=loss_fn, partition_method=partition_method)
 
     @property
     def torch_dtype(self) -> torch.dtype:
         """Precision of weights and activations."""
         return getattr(torch, self.lp_profile.dtype)
 
-    def _partition_layers(self, method: str = "uniform") -> None:
-        cluster = self._lp_cluster or detected_cluster(self, "auto")
-        given = self._lp_given
-        plan = self._plan_from_timings(cluster) if given is None else self._checked(given, cluster)
-        self.lp_plan = plan
-        self.parts = list(plan.boundaries)
-        stage = self._topo.get_coord(self.global_rank).pipe
-        self._set_bounds(start=self.parts[stage], stop=self.parts[stage + 1])
-
-    def _checked(self, plan: Plan, cluster: Cluster) -> Plan:
-        """The plan, predicted again for these devices if it was made for others; refused if it can't hold the rows."""
-        if len(plan.layers) != len(self._layer_specs) or plan.num_stages != self.num_stages:
-            raise PlanFileError(
-                f"the plan has {len(plan.layers)} layers in {plan.num_stages} stages, the model "
-                f"{len(self._layer_specs)} in {self.num_stages}; make a plan for this model and these stages."
-            )
-        here = evaluate(self.lp_profile, cluster, self.lp_workload, plan.boundaries)
-        if not fits(here):
-            raise InfeasibleError(
-                f"with rows of {self.lp_workload.sequence} tokens, {self.lp_workload.micro_batch} per micro-batch, "
-                "the plan's stages don't fit these devices; plan for this sequence, or lower --micro-batch.",
-                table=as_text(stage_table(here)),
-            )
-        made_for = [stage.device for stage in plan.stages]
-        return plan if made_for == [stage.device for stage in here.stages] else here
-
-    def _build(self) -> None:
-        stage = DecoderStage(self.hf_config, self._local_start, self._local_stop)
-        load_stage(stage, self.directory, self._device(), self.torch_dtype)
-        stage.eval()
-        self.forward_funcs.append(stage)
-        self.fwd_map["stage"] = 0
-        self.add_module("stage", stage)
-        for parameter in self.parameters():
-            parameter.ds_pipe_replicated = False
-
-    def _plan_from_timings(self, cluster: Cluster) -> Plan:
-        """Times embedding, one block, norm and head (with the loss) on the real devices, then plans; collective."""
-        kinds: dict[tuple[Any, ...], int] = {}
-        numbers = [
-            kinds.setdefault((layer.kind, layer.parameters, layer.window), len(kinds))
-            for layer in self.lp_profile.layers
-        ]
-        if self.lp_workload.micro_batch is None:
-            self.lp_workload = make_plan(self.lp_profile, cluster, self.lp_workload, self.num_stages).workload
-        workload = self.lp_workload
-        shape = (workload.chosen_micro_batch, workload.tokens_per_sequence)
-        timed = timed_profile(
-            self.lp_profile,
-            numbers,
-            self._timing_layer,
-            torch.randint(self.hf_config.vocab_size, shape, device=self._device()),
-            training=False,
-            measured_on=cluster.devices[0],
-            share=timing_share(self, cluster),
-        )
-        return make_plan(timed, cluster, workload, self.num_stages)
-
-    def _timing_layer(self, index: int) -> Callable[[Any], Any]:
-        stage = DecoderStage(self.hf_config, index, index + 1)
-        stage.materialize(self._device(), self.torch_dtype)
-        stage.randomize()
-        stage.eval()
-        return self.with_loss(stage) if stage.has_head else stage
+    @property
+    def device(self) -> torch.device:
+        """Where this rank computes."""
+        return torch.device(get_accelerator().device_name(self.local_rank))
 
     def with_loss(self, stage: Callable[[Any], Any]) -> Callable[[Any], Any]:
         """The last stage as the engine runs it: the loss is part of its forward pass."""
@@ -153,5 +131,92 @@ class HFPipelineModule(PipelineModule):
 
         return run
 
-    def _device(self) -> str:
-        return str(get_accelerator().device_name(self.local_rank))
+    def _partition_layers(self, method: str = "profile") -> None:
+        size = self.lp_profile.tensor_parallel
+        self.lp_cluster = self._lp_wanted_cluster or detected_cluster(self._topo, "auto", tensor_parallel=size)
+        given = self._lp_given
+        self.lp_plan = self._new_plan(method) if given is None else self._checked(given)
+        self.parts = list(self.lp_plan.boundaries)
+        stage = self._topo.get_coord(self.global_rank).pipe
+        self._set_bounds(start=self.parts[stage], stop=self.parts[stage + 1])
+
+    def _checked(self, plan: Plan) -> Plan:
+        """The plan, predicted again for these devices if it was made for others; refused if it can't hold the rows."""
+        mine = (len(self._layer_specs), self.num_stages, self.lp_profile.tensor_parallel)
+        if (len(plan.layers), plan.num_stages, plan.tensor_parallel) != mine:
+            raise PlanFileError(
+                f"the plan has {len(plan.layers)} layers in {plan.num_stages} stages of {plan.tensor_parallel} ranks, "
+                f"the model {mine[0]} in {mine[1]} of {mine[2]}; make a plan for this model and these processes."
+            )
+        here = evaluate(self.lp_profile, self.lp_cluster, self.lp_workload, plan.boundaries)
+        if not fits(here):
+            raise InfeasibleError(
+                f"with rows of {self.lp_workload.sequence} tokens, {self.lp_workload.micro_batch} per micro-batch, "
+                "the plan's stages don't fit these devices; plan for this sequence, or lower --micro-batch.",
+                table=as_text(stage_table(here)),
+            )
+        made_for = [stage.device for stage in plan.stages]
+        return plan if made_for == [stage.device for stage in here.stages] else here
+
+    def _new_plan(self, method: str) -> Plan:
+        """Collective if layers are timed."""
+        profile, cluster, count = self.lp_profile, self.lp_cluster, self.num_stages
+        if method == "cache-aware" or self.lp_workload.phase == "decode":
+            plan = make_plan(profile, cluster, self.lp_workload, count, objective=self._lp_objective)
+            self.lp_workload = plan.workload
+            return plan
+        if self.lp_workload.micro_batch is None:
+            self.lp_workload = make_plan(profile, cluster, self.lp_workload, count).workload
+        return make_plan(self._timed(), cluster, self.lp_workload, count, objective=self._lp_objective)
+
+    def _timed(self) -> ModelProfile:
+        """The profile with embedding, one block, norm and head (with the loss) timed on the real devices."""
+        kinds: dict[tuple[Any, ...], int] = {}
+        numbers = [
+            kinds.setdefault((layer.kind, layer.parameters, layer.window), len(kinds))
+            for layer in self.lp_profile.layers
+        ]
+        shape = (self.lp_workload.chosen_micro_batch, self.lp_workload.tokens_per_sequence)
+        return timed_profile(
+            self.lp_profile,
+            numbers,
+            self._timing_layer,
+            torch.randint(self.hf_config.vocab_size, shape, device=self.device),
+            training=False,
+            measured_on=self.lp_cluster.devices[0],
+            share=timing_share(self, self.lp_cluster),
+        )
+
+    def _timing_layer(self, index: int) -> Callable[[Any], Any]:
+        stage = self._make_stage(index, index + 1)
+        materialize(stage, self.device, self.torch_dtype)
+        randomize(stage)
+        stage.eval()
+        return self.with_loss(stage) if stage.has_head else stage
+
+    def _build(self) -> None:
+        stage = self._make_stage(self._local_start, self._local_stop)
+        load_stage(stage, self.directory, self.device, self.torch_dtype)
+        stage.eval()
+        self.forward_funcs.append(stage)
+        self.fwd_map["stage"] = 0
+        self.add_module("stage", stage)
+        for parameter in self.parameters():
+            parameter.ds_pipe_replicated = False
+
+    def _make_stage(self, start: int, stop: int) -> DecoderStage:
+        """Layers ``start .. stop - 1`` without memory, this rank's share of them."""
+        halves = self.lp_profile.granularity == "sublayer"
+        stage = DecoderStage(self.hf_config, start, stop, halves=halves, head=self._lp_head)
+        if self._lp_mesh is not None:
+            shard_stage(stage, self._lp_mesh)
+        return stage
+
+
+def _check_world(num_stages: int, tensor_parallel: int, data_parallel: int) -> None:
+    world, needed = dist.get_world_size(), num_stages * tensor_parallel * data_parallel
+    if world != needed:
+        raise WorldSizeError(
+            f"{world} processes for {num_stages} stages of {tensor_parallel} ranks in {data_parallel} replicas: "
+            f"that takes {needed}; start as many, or change these numbers."
+        )

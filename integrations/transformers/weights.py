@@ -1,113 +1,111 @@
-"""Loading a stage's own tensors from a local safetensors directory, key by key."""
+"""Loading a stage: its own tensors alone, straight to its device, in pieces."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from lp_plugin.errors import WeightsError
+from lp_plugin.integrations.transformers.checkpoint import new_buffer, read_headers
+from lp_plugin.integrations.transformers.conversion import Layout, Piece, lay_out
 from lp_plugin.integrations.transformers.decoder import DecoderStage
+from lp_plugin.integrations.transformers.materialize import materialize
+from lp_plugin.integrations.transformers.runnable import ENCODERS
+from lp_plugin.integrations.transformers.tensor_parallel import Cut
 
-__all__ = ["load_stage", "weight_files"]
-
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
-_HEAD_ALIASES = {"lm_head.weight": "embed_out.weight", "embed_out.weight": "lm_head.weight"}
-"""GPT-NeoX checkpoints and models name the head differently, depending on the version of transformers."""
+__all__ = ["check_checkpoint", "load_stage"]
 
 
-def weight_files(directory: str | Path) -> Mapping[str, Path]:
-    """Which file of a model directory holds each tensor.
+def check_checkpoint(config: PretrainedConfig, directory: str | Path, *, head: bool = True) -> None:
+    """Refuses weights that don't fill the model; reads headers only, so that every rank finds the same.
+
+    Args:
+        config: The whole model's configuration.
+        directory: The model directory.
+        head: Whether the model is to have its head; without it, the checkpoint may lack it.
 
     Raises:
-        WeightsError: If there are no safetensors, or a file that the index names is missing or truncated.
+        WeightsError: If there are no safetensors; if a file is missing or truncated; if a tensor is missing,
+            unexpected, of another shape or in a precision that can't be loaded. Names tensor and file.
     """
-    folder = Path(directory)
-    if (folder / _INDEX).is_file():
-        try:
-            names = json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"]
-            files = {name: folder / file for name, file in names.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise WeightsError(f"{folder / _INDEX} is broken: {error}; save the model again.") from None
-        for file in sorted(set(files.values())):
-            _check_readable(file)
-        return files
-    if (folder / _SINGLE).is_file():
-        return dict.fromkeys(_check_readable(folder / _SINGLE), folder / _SINGLE)
-    raise WeightsError(
-        f"{folder} holds no weights: neither {_SINGLE} nor {_INDEX}. "
-        "Only safetensors are read; save the model with save_pretrained()."
-    )
+    _layout(config, directory, head=head)
 
 
 def load_stage(stage: DecoderStage, directory: str | Path, device: torch.device | str, dtype: torch.dtype) -> None:
-    """Materialises a stage and fills it from the checkpoint; nothing else of the checkpoint is read.
+    """Materialises a stage and fills it from the checkpoint; of the rest of the checkpoint only headers are read.
 
     Args:
-        stage: Still on the meta device.
+        stage: On the meta device, cut for this rank if it is to be.
         directory: The model directory.
         device: Where the stage will run.
         dtype: Precision to convert to.
 
     Raises:
-        WeightsError: If a tensor is missing or has another shape.
+        WeightsError: As `check_checkpoint`, which looks at the whole model; or if a file becomes unreadable.
     """
-    files = weight_files(directory)
-    sources = {name: _source(stage, name, files, directory) for name, _ in _tensors(stage)}
-    head, embedding = f"{stage.head_name}.weight", stage.embedding_name
-    own_head = head in sources and sources[head] != sources.get(f"{stage.decoder_name}.{embedding}")
-    stage.materialize(device, dtype, tie=stage.tied and not own_head)  # a file may hold a head of its own all the same
-    with ExitStack() as stack:
-        opened: dict[Path, Any] = {}
-        for name, tensor in _tensors(stage):
-            source = sources[name]
-            file = files[source]
-            if file not in opened:
-                opened[file] = stack.enter_context(safe_open(file, framework="pt"))
-            try:
-                loaded = opened[file].get_tensor(source)
-            except SafetensorError as error:
-                raise WeightsError(f"{file} doesn't give {source}: {error}. Copy or save the model again.") from None
-            if loaded.shape != tensor.shape:
-                raise WeightsError(
-                    f"{file}: {source} has shape {tuple(loaded.shape)}, but the config asks for {tuple(tensor.shape)}."
-                )
-            tensor.data.copy_(loaded)
+    layout = _layout(stage.config, directory, head=stage.with_head)
+    names = {name: stage.checkpoint_name(name) for name in stage.model.state_dict()}
+    stage.tied = stage.tied and all(_same(layout, *pair) for pair in layout.tied.items() if pair[0] in names.values())
+    materialize(stage, device, dtype, tie=stage.tied)
+    filled: set[int] = set()
+    buffer = new_buffer()
+    for name, tensor in stage.model.state_dict(keep_vars=True).items():
+        if id(tensor) in filled:
+            continue
+        filled.add(id(tensor))
+        for piece in layout.pieces[names[name]]:
+            _fill(tensor.data, piece, stage.cuts.get(name), buffer)
+    stage.model._weight_conversions = list(layout.conversions)  # what `revert_weight_conversion` reverts
 
 
-def _tensors(stage: DecoderStage) -> Iterator[tuple[str, torch.Tensor]]:
-    """Parameters and persistent buffers."""
-    persistent = stage.model.state_dict(keep_vars=True)
-    return iter(persistent.items())
+def _layout(config: PretrainedConfig, directory: str | Path, *, head: bool) -> Layout:
+    """How the checkpoint fills the whole model."""
+    model = _whole(config)
+    without: list[str] = []
+    if not head and model.get_output_embeddings() is not None:
+        output = model.get_output_embeddings()
+        name = next(name for name, module in model.named_modules() if module is output)
+        without = [f"{name}.{key}" for key in output._parameters]
+    return lay_out(model, read_headers(directory), Path(directory), without=without)
 
 
-def _source(stage: DecoderStage, name: str, files: Mapping[str, Path], directory: str | Path) -> str:
-    """The checkpoint's name for a tensor of the stage."""
-    whole = stage.checkpoint_name(name)
-    candidates = [whole, whole.removeprefix(f"{stage.decoder_name}."), _HEAD_ALIASES.get(whole, whole)]
-    if stage.tied and name == f"{stage.head_name}.weight":
-        candidates += [f"{stage.decoder_name}.{stage.embedding_name}", stage.embedding_name]
-    for candidate in candidates:
-        if candidate in files:
-            return candidate
-    raise WeightsError(
-        f"{directory} has no tensor {whole!r} (looked for {', '.join(dict.fromkeys(candidates))}); "
-        "the weights belong to another config, or the checkpoint is incomplete."
-    )
+def _whole(config: PretrainedConfig) -> PreTrainedModel:
+    """The whole model, without memory."""
+    with torch.device("meta"):
+        if config.model_type in ENCODERS:
+            return AutoModel.from_config(config, add_pooling_layer=False)
+        return AutoModelForCausalLM.from_config(config)
 
 
-def _check_readable(file: Path) -> list[str]:
-    """The file's tensor names; safetensors compares the header with the file's length."""
-    try:
-        with safe_open(file, framework="pt") as opened:
-            return list(opened.keys())
-    except FileNotFoundError:
-        raise WeightsError(f"{file} is missing, but the index names it; copy the whole model directory.") from None
-    except (SafetensorError, OSError) as error:
-        raise WeightsError(f"{file} can't be read: {error}; it may be truncated. Copy or save it again.") from None
+def _same(layout: Layout, head: str, embedding: str) -> bool:
+    """Whether tied tensors are one: a checkpoint may hold both, and transformers ties them only if they are equal."""
+    first, second = layout.pieces[head], layout.pieces[embedding]
+    return first is second or all(a.stored.same_values(b.stored) for a, b in zip(first, second, strict=True))
+
+
+def _fill(target: torch.Tensor, piece: Piece, cut: Cut | None, buffer: torch.Tensor) -> None:
+    """Copies what a piece has for this rank's part of a tensor."""
+    dim = cut.dim if cut else 0
+    spans = cut.spans if cut else ((0, target.shape[0]),)
+    first = piece.start[dim]
+    done = 0
+    for low, high in spans:
+        begin, end = max(low, first), min(high, first + piece.shape[dim])
+        if begin < end:
+            view = target.narrow(dim, done + begin - low, end - begin)
+            for other, (start, length) in enumerate(zip(piece.start, piece.shape, strict=True)):
+                view = view if other == dim else view.narrow(other, start, length)
+            _copy(view, piece, buffer, dim=dim, start=begin - first)
+        done += high - low
+
+
+def _copy(view: torch.Tensor, piece: Piece, buffer: torch.Tensor, *, dim: int, start: int) -> None:
+    """Reads into a part of a tensor; a stacked piece lacks the dimension that it is stacked along."""
+    stacked = piece.stacked
+    if stacked is None:
+        piece.stored.copy_to(view, buffer, dim=dim, start=start)
+    elif stacked == dim:
+        piece.stored.copy_to(view.squeeze(stacked), buffer)
+    else:
+        piece.stored.copy_to(view.squeeze(stacked), buffer, dim=dim - (dim > stacked), start=start)

@@ -1,316 +1,174 @@
-"""A decoder's stages in one process: exact at every split, and only a stage's own tensors loaded from any file."""
+"""Stages of whole layers, encoders, models without their head, and what is refused."""
 
 from __future__ import annotations
 
 import itertools
-import json
-import shutil
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from families import (
-    FAMILIES,
-    PADDINGS,
-    make_batch,
-    make_config,
-    make_model,
-)
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from families import BERT, FAMILIES, PADDINGS, ROWS, VARIANTS, make_batch, make_config, make_model
+from stage_cases import LENGTH, decoding, pieces_of, stage_of
+from torch import nn
+from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 
-from lp_plugin.errors import UnsupportedModelError, WeightsError
+from lp_plugin import ModelProfile
+from lp_plugin.errors import UnsupportedModelError, WorkloadError
 from lp_plugin.integrations.transformers.decoder import DecoderStage, num_layers
-from lp_plugin.integrations.transformers.weights import load_stage, weight_files
-
-# --- one process -------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def three_blocks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, PreTrainedModel]]:
-    """Family -> directory and model with 3 blocks."""
-    folder = tmp_path_factory.mktemp("three")
-    made = {}
-    for family in FAMILIES:
-        model = make_model(make_config(family, 3))
-        model.save_pretrained(folder / family)
-        made[family] = (folder / family, model)
-    return made
+from lp_plugin.integrations.transformers.halves import HALVES, leave_out
+from lp_plugin.integrations.transformers.host_constants import NoHostConstants
+from lp_plugin.integrations.transformers.runnable import RUNNABLE
 
 
-def splits(count: int) -> Iterator[tuple[int, ...]]:
-    """Every way to cut ``count`` layers into stages."""
-    inner = range(1, count)
-    for size in range(count):
-        for chosen in itertools.combinations(inner, size):
-            yield (0, *chosen, count)
+def bert_config(num_blocks: int = 3) -> PretrainedConfig:
+    return AutoConfig.for_model("bert", **BERT, num_hidden_layers=num_blocks)
 
 
-def loaded_stage(config: PretrainedConfig, directory: Path, start: int, stop: int) -> DecoderStage:
-    stage = DecoderStage(config, start, stop)
-    load_stage(stage, directory, "cpu", torch.float32)
-    return stage.eval()
+def run(stages: list[DecoderStage], value: Any) -> Any:
+    for stage in stages:
+        value = stage(value)
+    return value
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_split_gives_the_same_logits(three_blocks: dict[str, tuple[Path, PreTrainedModel]], family: str) -> None:
-    directory, model = three_blocks[family]
-    count = num_layers(model.config)
-    assert count == 6
-    pieces = itertools.combinations(range(count + 1), 2)
-    stages = {bounds: loaded_stage(model.config, directory, *bounds) for bounds in pieces}
-    for padding in PADDINGS:
-        ids, mask = make_batch(padding, 0)
-        with torch.no_grad():
-            expected = model(ids, attention_mask=mask, use_cache=False).logits
-            for cut in splits(count):
-                value: Any = ids if mask is None else (ids, mask)
-                for bounds in itertools.pairwise(cut):
-                    value = stages[bounds](value)
-                assert torch.equal(value, expected), (padding, cut)
+def test_every_family_that_runs_is_tested_and_has_halves() -> None:
+    tested = {model_type for model_type, _ in FAMILIES.values()}
+    assert tested | {"bert"} == RUNNABLE == set(HALVES)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_stages_hold_each_tensor_of_the_model_once(
-    three_blocks: dict[str, tuple[Path, PreTrainedModel]], family: str
-) -> None:
-    directory, model = three_blocks[family]
-    whole = dict(model.named_parameters(remove_duplicate=False))
-    for cut in splits(num_layers(model.config)):
-        names: list[str] = []
-        for bounds in itertools.pairwise(cut):
-            stage = loaded_stage(model.config, directory, *bounds)
-            for name, parameter in stage.model.named_parameters(remove_duplicate=False):
-                names.append(stage.checkpoint_name(name))
-                assert torch.equal(parameter, whole[names[-1]]), names[-1]
-                assert not parameter.requires_grad
-        assert sorted(names) == sorted(whole), cut
-        assert len(set(names)) == len(names)
+@pytest.mark.parametrize("family", VARIANTS)
+@torch.no_grad()
+def test_whole_layers(family: str) -> None:
+    """Numbered as the profile of whole layers; halves have their own tests, of every piece."""
+    whole = make_model(make_config(family, 3))
+    count = num_layers(whole.config)
+    assert count == len(ModelProfile.from_config(whole.config.to_dict()).layers)
+    cuts = ((0, 1, 3, count), (0, 2, 4, count - 1, count), tuple(range(count + 1)))
+    chains = [[stage_of(whole, *bounds) for bounds in itertools.pairwise(cut)] for cut in cuts]
+    ids, mask = make_batch("left", 0)
+    expected = whole(ids, attention_mask=mask, use_cache=False).logits
+    for stages in chains:
+        assert torch.equal(run(stages, (ids, mask)), expected)
+        caches = [stage.new_cache(ROWS, LENGTH) for stage in stages]
+        for inputs, logits in decoding(whole):
+            hidden = inputs.pop("hidden")
+            for stage, cache in zip(stages, caches, strict=True):
+                hidden = stage.step(hidden, **inputs, cache=cache)
+            assert torch.equal(hidden, logits)
 
 
-def test_tied_matrix_is_held_once_by_a_stage_with_both_ends(
-    three_blocks: dict[str, tuple[Path, PreTrainedModel]],
-) -> None:
-    directory, model = three_blocks["llama-tied"]
-    stage = loaded_stage(model.config, directory, 0, 6)
-    assert stage.model.get_output_embeddings().weight is stage.model.get_input_embeddings().weight
-    count = sum(parameter.numel() for parameter in stage.parameters())
-    assert count == sum(parameter.numel() for parameter in model.parameters())
-    first, last = (loaded_stage(model.config, directory, *bounds) for bounds in ((0, 2), (2, 6)))
-    assert torch.equal(first.model.get_input_embeddings().weight, last.model.get_output_embeddings().weight)
-
-
-def test_stage_is_on_the_meta_device_until_it_is_loaded() -> None:
+def test_a_stage_is_on_the_meta_device_until_it_is_loaded() -> None:
     stage = DecoderStage(make_config("llama", 3), 0, 6)
     assert {parameter.device.type for parameter in stage.parameters()} == {"meta"}
 
 
-# --- files -------------------------------------------------------------------------------------------------------
+def test_the_configuration_stays_as_it_is() -> None:
+    config = make_config("gemma3", 3)
+    before = config.to_dict()
+    DecoderStage(config, 2, 3)
+    assert config.to_dict() == before
 
 
-@pytest.fixture
-def sharded(three_blocks: dict[str, tuple[Path, PreTrainedModel]], tmp_path: Path) -> tuple[Path, PreTrainedModel]:
-    """A llama directory of many small shards."""
-    model = three_blocks["llama"][1]
-    model.save_pretrained(tmp_path / "sharded", max_shard_size="64KB")
-    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) >= 3
-    return tmp_path / "sharded", model
+@pytest.mark.parametrize("family", VARIANTS)
+@torch.no_grad()
+def test_without_its_head_a_model_gives_the_final_hidden_state(family: str) -> None:
+    whole = make_model(make_config(family, 3))
+    count = num_layers(whole.config)
+    cuts = ((0, count), (0, 2, count), (0, 3, count - 1, count))
+    chains = [[stage_of(whole, *bounds, head=False) for bounds in itertools.pairwise(cut)] for cut in cuts]
+    ids, mask = make_batch("right", 0)
+    expected = whole.base_model(ids, attention_mask=mask, use_cache=False).last_hidden_state
+    for stages in chains:
+        assert torch.equal(run(stages, (ids, mask)), expected)
+        names = [name for stage in stages for name, _ in stage.model.named_parameters()]
+        assert not any(name.startswith("lm_head") for name in names)
+        assert not any(stage.has_head for stage in stages)
 
 
-@pytest.fixture
-def single(three_blocks: dict[str, tuple[Path, PreTrainedModel]], tmp_path: Path) -> tuple[Path, PretrainedConfig]:
-    """A llama directory to spoil, and its configuration."""
-    directory, model = three_blocks["llama"]
-    shutil.copytree(directory, tmp_path / "llama")
-    return tmp_path / "llama", model.config
+# --- encoders ------------------------------------------------------------------------------------------------------
 
 
-def rewrite(directory: Path, change: Any) -> None:
-    """Replaces the weights by ``change(weights)``."""
-    file = directory / "model.safetensors"
-    save_file(change(load_file(file)), file, metadata={"format": "pt"})
-
-
-def test_sharded_checkpoint_loads(sharded: tuple[Path, PreTrainedModel]) -> None:
-    directory, model = sharded
-    ids, _ = make_batch("none", 0)
-    value: Any = ids
+@pytest.fixture(scope="module")
+def bert() -> PreTrainedModel:
+    torch.manual_seed(0)
+    model = AutoModel.from_config(bert_config(), add_pooling_layer=False).eval()
     with torch.no_grad():
-        for bounds in ((0, 2), (2, 5), (5, 6)):
-            value = loaded_stage(model.config, directory, *bounds)(value)
-        assert torch.equal(value, model(ids).logits)
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return model
 
 
-def test_only_own_tensors_are_read(sharded: tuple[Path, PreTrainedModel]) -> None:
-    """Tensors of other layers are renamed away or of a wrong shape: a stage that holds none of them loads."""
-    directory, model = sharded
-    for file in directory.glob("*.safetensors"):
-        tensors = load_file(file)
-        other = {name: torch.zeros(1) for name in tensors if ".layers.1." not in name}
-        save_file(tensors | other, file, metadata={"format": "pt"})
-    stage = loaded_stage(model.config, directory, 2, 3)
-    expected = dict(model.model.layers[1].named_parameters())
-    assert len(list(stage.parameters())) == len(expected)
-    for name, parameter in expected.items():
-        assert torch.equal(stage.get_parameter(f"model.model.layers.0.{name}"), parameter)
-    with pytest.raises(WeightsError, match=r"model\.layers\.2\..*shape \(1,\)"):
-        loaded_stage(model.config, directory, 3, 4)
+@pytest.mark.parametrize("halves", [False, True])
+@pytest.mark.parametrize("padding", PADDINGS)
+@torch.no_grad()
+def test_every_piece_of_an_encoder(bert: PreTrainedModel, halves: bool, padding: str) -> None:
+    """Its last layer, the head that it was trained with, is not there: it hands on what it is given."""
+    ids, mask = make_batch(padding, 0)
+    pieces = pieces_of(bert, halves=halves)
+    count = num_layers(bert.config, halves=halves)
+    assert count == (8 if halves else 5)
+    values: list[Any] = [ids if mask is None else (ids, mask)]
+    for start in range(count):
+        values.append(pieces[start, start + 1](values[-1]))
+    assert torch.equal(values[-1], bert(ids, attention_mask=mask).last_hidden_state)
+    for (start, stop), stage in pieces.items():
+        found, expected = stage(values[start]), values[stop]
+        assert isinstance(found, tuple) == isinstance(expected, tuple)
+        assert torch.equal(*(value[0] if isinstance(value, tuple) else value for value in (found, expected)))
+    names = [
+        pieces[start, start + 1].checkpoint_name(name)
+        for start in range(count)
+        for name, _ in pieces[start, start + 1].model.named_parameters()
+    ]
+    assert sorted(names) == sorted(name for name, _ in bert.named_parameters())
 
 
-def test_missing_shard_is_named(sharded: tuple[Path, PreTrainedModel]) -> None:
-    directory, model = sharded
-    shard = max(directory.glob("*.safetensors"))
-    shard.unlink()
-    with pytest.raises(WeightsError, match=shard.name):
-        loaded_stage(model.config, directory, 0, 1)
+def test_an_encoder_has_no_cache() -> None:
+    with pytest.raises(UnsupportedModelError, match="a bert model encodes; it can't generate tokens"):
+        DecoderStage(bert_config(), 1, 2).new_cache(1, 8)
 
 
-@pytest.mark.parametrize("kept", [0, 4, 200, 10_000])
-def test_truncated_shard_is_named(sharded: tuple[Path, PreTrainedModel], kept: int) -> None:
-    directory, model = sharded
-    shard = sorted(directory.glob("*.safetensors"))[1]
-    content = shard.read_bytes()
-    assert len(content) > kept
-    shard.write_bytes(content[:kept])
-    with pytest.raises(WeightsError, match=shard.name):
-        loaded_stage(model.config, directory, 0, 1)
+# --- what is refused -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 3}}', "\0"])
-def test_broken_index_is_named(sharded: tuple[Path, PreTrainedModel], content: str) -> None:
-    directory, _ = sharded
-    (directory / "model.safetensors.index.json").write_text(content, encoding="utf-8")
-    with pytest.raises(WeightsError, match=r"model\.safetensors\.index\.json"):
-        weight_files(directory)
+@pytest.mark.parametrize(
+    ("family", "changes", "bound"),
+    [
+        ("phi3-long", {}, 32),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}}, 64),
+    ],
+)
+def test_sequences_that_change_the_frequencies_are_refused(family: str, changes: dict[str, Any], bound: int) -> None:
+    """By every stage, those without attention too."""
+    config = make_config(family, 3, **changes)
+    for layer in range(num_layers(config)):
+        stage = DecoderStage(config, layer, layer + 1)
+        assert not stage.capturable
+        stage.new_cache(2, bound)
+        with pytest.raises(WorkloadError, match=rf"sequences of {bound + 1} tokens.*beyond {bound} tokens"):
+            stage.new_cache(2, bound + 1)
 
 
-def test_index_that_names_a_tensor_its_shard_lacks(sharded: tuple[Path, PreTrainedModel]) -> None:
-    directory, model = sharded
-    path = directory / "model.safetensors.index.json"
-    index = json.loads(path.read_text(encoding="utf-8"))
-    files = sorted(set(index["weight_map"].values()))
-    name = "model.norm.weight"
-    index["weight_map"][name] = next(file for file in files if file != index["weight_map"][name])
-    path.write_text(json.dumps(index), encoding="utf-8")
-    with pytest.raises(WeightsError, match=name):
-        loaded_stage(model.config, directory, 4, 5)
+def test_experts_are_captured_in_bfloat16_alone() -> None:
+    stage = DecoderStage(make_config("mixtral", 3), 1, 2)
+    assert not stage.capturable
+    stage.model.to(torch.bfloat16)
+    assert stage.capturable
+    assert DecoderStage(make_config("llama", 3), 1, 2).capturable
 
 
-def test_truncated_single_file_is_named(single: tuple[Path, PretrainedConfig]) -> None:
-    directory, config = single
-    file = directory / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(WeightsError, match=r"model\.safetensors can't be read"):
-        loaded_stage(config, directory, 0, 1)
+def test_a_block_with_other_parts_is_not_cut() -> None:
+    block = nn.Module()
+    block.mlp = nn.Linear(2, 2)
+    with pytest.raises(UnsupportedModelError, match=r"Module has no 'post_attention_layernorm'.*granularity layer"):
+        leave_out(block, HALVES["llama"].mlp)
 
 
-def test_no_weights(single: tuple[Path, PretrainedConfig]) -> None:
-    directory, config = single
-    (directory / "model.safetensors").unlink()
-    (directory / "pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(WeightsError, match=f"{directory} holds no weights.*safetensors"):
-        loaded_stage(config, directory, 0, 1)
-
-
-def test_missing_tensor_is_named(single: tuple[Path, PretrainedConfig]) -> None:
-    directory, config = single
-    name = "model.layers.1.mlp.up_proj.weight"
-    rewrite(directory, lambda tensors: {key: value for key, value in tensors.items() if key != name})
-    loaded_stage(config, directory, 0, 2)
-    with pytest.raises(WeightsError, match=f"no tensor '{name}'"):
-        loaded_stage(config, directory, 1, 4)
-
-
-def test_untied_model_without_head_is_refused(single: tuple[Path, PretrainedConfig]) -> None:
-    directory, config = single
-    rewrite(directory, lambda tensors: {key: value for key, value in tensors.items() if key != "lm_head.weight"})
-    with pytest.raises(WeightsError, match=r"lm_head\.weight"):
-        loaded_stage(config, directory, 5, 6)
-
-
-def test_wrong_shape_is_named(single: tuple[Path, PretrainedConfig]) -> None:
-    directory, config = single
-    name = "model.layers.2.self_attn.k_proj.weight"
-    rewrite(directory, lambda tensors: tensors | {name: tensors[name][:-1].contiguous()})
-    with pytest.raises(WeightsError, match=rf"{name} has shape \(31, 64\), but the config asks for \(32, 64\)"):
-        loaded_stage(config, directory, 3, 4)
-
-
-# --- families' peculiarities -------------------------------------------------------------------------------------
-
-
-def test_gpt2_scaled_by_layer_index_is_refused() -> None:
-    config = make_config("gpt2", 3, scale_attn_by_inverse_layer_idx=True)
-    with pytest.raises(UnsupportedModelError, match="scale_attn_by_inverse_layer_idx"):
-        DecoderStage(config, 0, 2)
-
-
-def copied(directory: Path, target: Path, name_of: Any) -> Path:
-    """A copy of a model directory with its tensors renamed."""
-    shutil.copytree(directory, target)
-    rewrite(target, lambda tensors: {name_of(name): tensor for name, tensor in tensors.items()})
-    return target
-
-
-def test_gpt2_checkpoint_without_prefix(three_blocks: dict[str, tuple[Path, PreTrainedModel]], tmp_path: Path) -> None:
-    """The checkpoint of gpt2 on the hub is that of the bare decoder: ``h.0...``, not ``transformer.h.0...``."""
-    directory, model = three_blocks["gpt2"]
-    hub = copied(directory, tmp_path / "hub", lambda name: name.removeprefix("transformer."))
-    names = set(weight_files(hub))
-    assert "h.0.ln_1.weight" in names
-    assert not any(name.startswith("transformer.") for name in names)
-    ids, _ = make_batch("none", 0)
-    value: Any = ids
-    with torch.no_grad():
-        for bounds in ((0, 2), (2, 6)):
-            value = loaded_stage(model.config, hub, *bounds)(value)
-        assert torch.equal(value, model(ids).logits)
-
-
-@pytest.mark.parametrize("head", ["embed_out.weight", "lm_head.weight"])
-def test_gpt_neox_head_under_both_names(
-    three_blocks: dict[str, tuple[Path, PreTrainedModel]], tmp_path: Path, head: str
-) -> None:
-    directory, model = three_blocks["gpt_neox"]
-    names = {"embed_out.weight": head, "lm_head.weight": head}
-    renamed = copied(directory, tmp_path / "renamed", lambda name: names.get(name, name))
-    assert [name for name in weight_files(renamed) if name in names] == [head]
-    stage = loaded_stage(model.config, renamed, 5, 6)
-    assert torch.equal(stage.model.get_output_embeddings().weight, model.get_output_embeddings().weight)
-
-
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "gpt2"])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_lower_precision_keeps_rotary_frequencies_in_float32(
-    three_blocks: dict[str, tuple[Path, PreTrainedModel]], family: str, dtype: torch.dtype
-) -> None:
-    directory, _ = three_blocks[family]
-    whole = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
-    expected = {name: buffer for name, buffer in whole.named_buffers() if "rotary" in name}
-    stage = DecoderStage(whole.config, 2, 4)
-    load_stage(stage, directory, "cpu", dtype)
-    found = {name: buffer for name, buffer in stage.model.named_buffers() if "rotary" in name}
-    assert {parameter.dtype for parameter in stage.parameters()} == {dtype}
-    assert found
-    assert found.keys() == expected.keys()
-    for name, buffer in found.items():
-        assert buffer.dtype == torch.float32
-        assert torch.equal(buffer, expected[name])
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_lower_precision_gives_the_same_logits(
-    three_blocks: dict[str, tuple[Path, PreTrainedModel]], family: str
-) -> None:
-    directory, _ = three_blocks[family]
-    whole = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16).eval()
-    ids, mask = make_batch("left", 0)
-    value: Any = (ids, mask)
-    with torch.no_grad():
-        for bounds in ((0, 1), (1, 3), (3, 6)):
-            stage = DecoderStage(whole.config, *bounds)
-            load_stage(stage, directory, "cpu", torch.bfloat16)
-            value = stage.eval()(value)
-        assert torch.equal(value, whole(ids, attention_mask=mask, use_cache=False).logits)
+def test_constants_are_made_on_the_device() -> None:
+    values = torch.arange(24).view(2, 3, 4)
+    expected = [values[..., [-2], :], values[..., [-1], :], values[[0]], values[[0, 1], [1, 2]], torch.tensor(0.5)]
+    with NoHostConstants():
+        found = [values[..., [-2], :], values[..., [-1], :], values[[0]], values[[0, 1], [1, 2]], torch.tensor(0.5)]
+        assert values[..., [-2], :].data_ptr() == values[:, 1].data_ptr()  # no index was made
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other)

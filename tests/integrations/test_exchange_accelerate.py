@@ -11,7 +11,7 @@ import pytest
 import torch
 from accelerate import dispatch_model, infer_auto_device_map
 from accelerate.utils import check_device_map
-from families import FAMILIES, make_batch, make_config, make_model
+from families import make_batch, make_config, make_model
 from shrunk import SMALL, TRANSLATORS, build, small_config
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
@@ -22,6 +22,8 @@ from lp_plugin.solver.solve import evaluate
 
 BLOCKS = 4
 CUTS = ((0, 3, 7), (0, 1, 5, 6, 7), (0, 1, 2, 3, 4, 5, 6, 7), (0, 6, 7))
+FAMILIES = ("llama", "llama-tied", "gemma2", "mixtral", "gpt_neox", "gpt2", "falcon", "bloom")
+"""One or two for each set of module names; modules that only some models have, as opt's, are tested with `SMALL`."""
 ONE_RUN = [config for config in SMALL if config["model_type"] not in TRANSLATORS]
 """Small configs of all families but the encoder-decoders, which only DeepSpeed's numbers can express."""
 
