@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lp_plugin.model.layers import Granularity
 from lp_plugin.objective import Constraints, Objective
 from lp_plugin.schedule import bubble_fraction, makespan_seconds, ring_seconds
 from lp_plugin.workload import Workload
@@ -140,6 +141,11 @@ class Plan:
     def num_stages(self) -> int:
         """Stages in the pipeline."""
         return len(self.stages)
+
+    @property
+    def granularity(self) -> Granularity:
+        """``sublayer`` if blocks are two layers each, attention and MLP, else ``layer``."""
+        return "sublayer" if any(layer.kind in {"attention", "mlp"} for layer in self.layers) else "layer"
 
     @property
     def stage_seconds(self) -> tuple[float, ...]:

@@ -18,7 +18,7 @@ from lp_plugin.quantity import format_bytes, format_seconds
 from lp_plugin.solver.solve import uniform_boundaries
 from lp_plugin.workload import Workload
 
-__all__ = ["as_text", "layer_table", "plan_report", "stage_table", "summary", "tier_table"]
+__all__ = ["as_text", "console", "layer_table", "plan_report", "stage_table", "summary", "tier_table"]
 
 _KINDS = {
     "weight_bytes": "weights",
@@ -38,10 +38,16 @@ WIDTH = 160
 
 def as_text(renderable: RenderableType, width: int = WIDTH) -> str:
     """Anything rich can draw as plain text, trailing blanks removed."""
-    console = Console(file=io.StringIO(), width=width, color_system=None)
-    console.print(renderable)
-    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    page = Console(file=io.StringIO(), width=width, color_system=None)
+    page.print(renderable)
+    lines = page.file.getvalue().splitlines()  # type: ignore[attr-defined]
     return "\n".join(line.rstrip() for line in lines if line.strip())
+
+
+def console() -> Console:
+    """The terminal, or a wide enough page where there is none."""
+    found = Console()
+    return found if found.is_terminal else Console(width=WIDTH)
 
 
 def plan_report(plan: Plan, cluster: Cluster | None = None) -> Group:

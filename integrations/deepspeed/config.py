@@ -14,7 +14,7 @@ from lp_plugin.errors import DeepSpeedConfigError
 from lp_plugin.objective import Objective
 from lp_plugin.workload import Phase
 
-__all__ = ["InputSpec", "Section", "Settings", "read_settings"]
+__all__ = ["InputSpec", "Section", "Settings", "read_config", "read_settings"]
 
 
 class InputSpec(BaseModel):
@@ -84,7 +84,7 @@ def read_settings(config: str | Path | Mapping[str, Any]) -> Settings:
         DeepSpeedConfigError: If the file can't be read, or the section has an unknown key or a wrong value.
     """
     where = "the DeepSpeed configuration" if isinstance(config, Mapping) else str(config)
-    content = dict(config) if isinstance(config, Mapping) else _read_json(Path(config))
+    content = read_config(config)
     raw = content.get("lp_plugin", {})
     try:
         section = Section.model_validate(raw)
@@ -107,7 +107,15 @@ def read_settings(config: str | Path | Mapping[str, Any]) -> Settings:
     )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_config(config: str | Path | Mapping[str, Any]) -> dict[str, Any]:
+    """The contents of a DeepSpeed configuration, file or dict.
+
+    Raises:
+        DeepSpeedConfigError: If the file can't be read.
+    """
+    if isinstance(config, Mapping):
+        return dict(config)
+    path = Path(config)
     try:
         content = hjson.loads(path.read_text(encoding="utf-8"), object_pairs_hook=dict)  # as DeepSpeed: with comments
     except FileNotFoundError:

@@ -9,7 +9,7 @@ import os
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -17,18 +17,31 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed import comm as dist
+from deepspeed.accelerator import get_accelerator
 from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.pipe import schedule
 from deepspeed.utils import logger
 
 from lp_plugin.errors import HardwareError
+from lp_plugin.job.launch import join_launcher
 from lp_plugin.measure.layers import synchronize
 from lp_plugin.schedule import Interval
 
-__all__ = ["InstructionTimer", "StageTimes", "build_engine", "init_distributed", "quiet", "stage_alone_seconds"]
+__all__ = [
+    "InstructionTimer",
+    "StageTimes",
+    "build_engine",
+    "init_distributed",
+    "join_or_start",
+    "quiet",
+    "stage_alone_seconds",
+]
 
 _TIMEOUT = timedelta(hours=12)
 """Other ranks wait in a collective while rank 0 tokenizes; a dead rank is noticed by its launcher, not by this."""
+
+_TRAINING = frozenset({"optimizer", "scheduler", "zero_optimization", "train_batch_size", "bfloat16"})
+"""Parts of a DeepSpeed configuration that an engine without optimizer does without."""
 
 
 def init_distributed() -> None:
@@ -56,6 +69,22 @@ def init_distributed() -> None:
         deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", timeout=_TIMEOUT)
 
 
+def join_or_start() -> None:
+    """Joins the job of a launcher, or makes this process a job of its own; nothing if there is one already.
+
+    The processes stay together until they end: a second joining would find the first one's addresses in the
+    launcher's store.
+
+    Raises:
+        HardwareError: If this host has fewer GPUs than processes.
+    """
+    if not torch.distributed.is_initialized() and not join_launcher():
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed reads it
+    init_distributed()
+
+
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Holds back DeepSpeed's prints and log lines below warnings."""
@@ -68,7 +97,14 @@ def quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def build_engine(module: PipelineModule, *, micro_batch: int, num_micro_batches: int, dtype: str) -> Any:
+def build_engine(
+    module: PipelineModule,
+    *,
+    micro_batch: int,
+    num_micro_batches: int,
+    dtype: str,
+    config: Mapping[str, Any] | None = None,
+) -> Any:
     """A ``PipelineEngine`` without optimizer.
 
     Args:
@@ -76,16 +112,20 @@ def build_engine(module: PipelineModule, *, micro_batch: int, num_micro_batches:
         micro_batch: Sequences per micro-batch.
         num_micro_batches: Micro-batches of an ordinary ``eval_batch``.
         dtype: Precision of the module's weights.
+        config: A user's DeepSpeed configuration; what it says about sizes, precision and training does not count.
     """
-    config = {
+    users = {key: value for key, value in (config or {}).items() if key not in _TRAINING}
+    own = {
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": num_micro_batches,
         "steps_per_print": 2**31,
         "fp16": {"enabled": dtype == "float16"},
         "bf16": {"enabled": dtype == "bfloat16"},
+        # with tensor parallelism every rank of a stage holds the whole activation
+        "pipeline": {"pipe_partitioned": False, "grad_partitioned": False},
     }
     with quiet():
-        engine, _, _, _ = deepspeed.initialize(model=module, config=config)
+        engine, _, _, _ = deepspeed.initialize(model=module, config=users | own)
     return engine
 
 
@@ -157,7 +197,9 @@ class InstructionTimer:
         return run
 
 
-def stage_alone_seconds(stage: Callable[[Any], Any], inputs: Any, *, warm_up_seconds: float = 0.0) -> float:
+def stage_alone_seconds(
+    stage: Callable[[Any], Any], inputs: Any, *, warm_up_seconds: float = 0.0, group: Any = None
+) -> float:
     """Median seconds of 7 passes of this rank's stage over one micro-batch, without pipeline or neighbours.
 
     Args:
@@ -165,6 +207,7 @@ def stage_alone_seconds(stage: Callable[[Any], Any], inputs: Any, *, warm_up_sec
         inputs: A micro-batch of what the stage takes, on the device.
         warm_up_seconds: Passes to warm up take at least this long (GPUs lower their clocks under sustained load),
             and are at least 2.
+        group: Ranks that share the stage's layers and all call this; each pass takes as long as the slowest of them.
     """
     seconds: list[float] = []
     warm_up = 2
@@ -174,10 +217,19 @@ def stage_alone_seconds(stage: Callable[[Any], Any], inputs: Any, *, warm_up_sec
             start = time.perf_counter()
             stage(inputs)
             synchronize()
-            seconds.append(time.perf_counter() - start)
+            seconds.append(_slowest(time.perf_counter() - start, group))
             if sum(seconds) < warm_up_seconds:
                 warm_up = len(seconds)
     return statistics.median(seconds[-7:])
+
+
+def _slowest(seconds: float, group: Any) -> float:
+    """The most that any rank of a group took, so that all stop after as many passes."""
+    if group is None:
+        return seconds
+    most = torch.tensor(seconds, dtype=torch.float64, device=get_accelerator().current_device_name())
+    torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX, group=group)
+    return float(most)
 
 
 def _mark() -> Any:

@@ -19,6 +19,7 @@ import torch
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.pipe import PipelineModule
+from deepspeed.runtime.pipe.topology import ProcessTopology
 from deepspeed.utils import logger
 
 from lp_plugin.errors import DeepSpeedConfigError, PlanFileError, RuntimeEnvironmentError
@@ -92,7 +93,7 @@ def decide(module: PipelineModule, method: str, settings: Settings) -> Plan | No
     )
     if module.global_rank == 0:
         logger.info(f"lp_plugin: planning for {workload.phase} in {settings.dtype}, micro-batch {settings.micro_batch}")
-    cluster = detected_cluster(module, settings.section.device)
+    cluster = detected_cluster(module._topo, settings.section.device)
     if method.lower() == "profile":
         profile = _timed(module, profile, cluster, settings, training=workload.phase == "train")
     return make_plan(profile, cluster, workload, module.num_stages, objective=settings.section.objective)
@@ -120,11 +121,14 @@ def _timed(
 
 
 def timing_share(module: PipelineModule, cluster: Cluster) -> tuple[int, int]:
-    """(turn, processes) of this rank among those whose device is of the first stage's kind; no turn for others."""
-    kind = cluster.devices[0].name
-    ranks = range(dist.get_world_size())
-    alike = [rank for rank in ranks if cluster.devices[module._topo.get_coord(rank).pipe].name == kind]
-    mine = dist.get_rank()
+    """(turn, processes) of this rank among those whose device is of the first stage's kind; no turn for others.
+
+    Ranks that share every layer, neighbours each, count as one and have the same turn.
+    """
+    kind, size = cluster.devices[0].name, cluster.group_size
+    groups = range(dist.get_world_size() // size)
+    alike = [group for group in groups if cluster.devices[module._topo.get_coord(group * size).pipe].name == kind]
+    mine = dist.get_rank() // size
     return (alike.index(mine) if mine in alike else len(alike)), len(alike)
 
 
@@ -172,27 +176,38 @@ def timed_profile(
     return profile.with_seconds([each.forward for each in ordered], backward, measured_on=measured_on)
 
 
-def detected_cluster(module: PipelineModule, device: str) -> Cluster:
-    """One device per stage: as each rank finds its own, or as the user names them.
+def detected_cluster(topology: ProcessTopology, device: str, *, tensor_parallel: int = 1) -> Cluster:
+    """One device, or group of devices, per stage: as each rank finds its own, or as the user names them.
 
     Collective if ``device`` is ``auto``: stages may run on unequal devices.
+
+    Args:
+        topology: Which rank is which stage.
+        device: ``auto``, a name of the catalogue, or a cluster file.
+        tensor_parallel: Neighbouring ranks that share each stage's layers.
     """
+    num_stages = topology.get_dim("pipe")
+    count = num_stages * tensor_parallel
     if device != "auto":
-        if Path(device).suffix == ".toml":
-            return Cluster.from_toml(device).subset(module.num_stages)
-        return Cluster.homogeneous(device, module.num_stages)
+        named = Path(device).suffix == ".toml"
+        whole = Cluster.from_toml(device).subset(count) if named else Cluster.homogeneous(device, count)
+        return whole.grouped(tensor_parallel)
     local_processes = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or dist.get_world_size())
     mine = (detect_device(int(os.environ.get("LOCAL_RANK", "0")), local_processes), socket.gethostname())
     found: list[tuple[Device, str]] = [mine] * dist.get_world_size()
     torch.distributed.all_gather_object(found, mine)
-    stages = [found[min(module._topo.filter_match(pipe=stage))] for stage in range(module.num_stages)]
+    pipeline = [
+        found[rank]
+        for stage in range(num_stages)
+        for rank in sorted(topology.filter_match(pipe=stage))[:tensor_parallel]
+    ]
     links = tuple(
         slower_link(load_link(left.name), load_link(right.name))
         if host == other
         else slower_link(load_network(left.name), load_network(right.name))
-        for (left, host), (right, other) in pairwise(stages)
+        for (left, host), (right, other) in pairwise(pipeline)
     )
-    return Cluster(devices=tuple(device for device, _ in stages), links=links)
+    return Cluster(devices=tuple(device for device, _ in pipeline), links=links).grouped(tensor_parallel)
 
 
 def _plan_from_file(path: str, module: PipelineModule) -> Plan:

@@ -1,4 +1,4 @@
-"""The command line: ``lp-plugin plan | explain | score | sweep | export | run | launch | bench``.
+"""The command line: ``lp-plugin plan | explain | score | sweep | export | run | generate | launch | bench``.
 
 Every deliberate error ends with one message and exit code 2.
 """
@@ -8,13 +8,27 @@ from __future__ import annotations
 import sys
 
 from lp_plugin.cli.app import app
+from lp_plugin.cli.benching import bench_generate, bench_planner
 from lp_plugin.cli.exchange import export, score
 from lp_plugin.cli.planning import explain, plan
-from lp_plugin.cli.running import bench_planner, launch, run
+from lp_plugin.cli.running import generate, launch, run
 from lp_plugin.cli.sweeping import sweep
 from lp_plugin.errors import LpPluginError
 
-__all__ = ["app", "bench_planner", "explain", "export", "launch", "main", "plan", "run", "score", "sweep"]
+__all__ = [
+    "app",
+    "bench_generate",
+    "bench_planner",
+    "explain",
+    "export",
+    "generate",
+    "launch",
+    "main",
+    "plan",
+    "run",
+    "score",
+    "sweep",
+]
 
 
 def main() -> None:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from lp_plugin._version import __version__
-from lp_plugin.report import WIDTH
+from lp_plugin.errors import MissingDependencyError
+from lp_plugin.report import console
 
-__all__ = ["app", "bench", "console"]
+__all__ = ["app", "bench", "console", "require"]
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -22,10 +23,19 @@ bench = typer.Typer(no_args_is_help=True, help="Benchmarks, each side by side in
 app.add_typer(bench, name="bench")
 
 
-def console() -> Console:
-    """The terminal, or a wide enough page where there is none."""
-    found = Console()
-    return found if found.is_terminal else Console(width=WIDTH)
+def require(extra: str, *modules: str) -> None:
+    """Refuses a command that needs what is not installed.
+
+    Args:
+        extra: The extra that installs it.
+        modules: What the command imports.
+
+    Raises:
+        MissingDependencyError: If one of them is not there; names the extra.
+    """
+    for name in modules:
+        if importlib.util.find_spec(name) is None:
+            raise MissingDependencyError(f"{name} is not installed; install it with: pip install 'lp-plugin[{extra}]'")
 
 
 def _version(value: bool) -> None:

@@ -1,23 +1,15 @@
-"""Commands that start processes or need a framework: ``run``, ``launch``, ``bench``."""
+"""Commands that start processes or need a framework: ``run``, ``generate``, ``launch``, ``bench``."""
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from lp_plugin.cli.app import app, bench, console
-from lp_plugin.errors import MissingDependencyError
+from lp_plugin.cli.app import app, require
 
-__all__ = ["bench_planner", "launch", "run"]
-
-
-def _require(extra: str, *modules: str) -> None:
-    for name in modules:
-        if importlib.util.find_spec(name) is None:
-            raise MissingDependencyError(f"{name} is not installed; install it with: pip install 'lp-plugin[{extra}]'")
+__all__ = ["generate", "launch", "run"]
 
 
 @app.command()
@@ -26,6 +18,10 @@ def run(
     input: Annotated[Path, typer.Option(help=".jsonl with id and text, or .txt with a document per line.")],  # noqa: A002
     stages: Annotated[int | None, typer.Option(help="Stages; taken from --plan if left out.")] = None,
     plan: Annotated[Path | None, typer.Option(help="Plan to use; left out, layers are timed and planned.")] = None,
+    tensor_parallel: Annotated[
+        int | None, typer.Option(help="Processes that share each stage's layers; taken from --plan if left out.")
+    ] = None,
+    data_parallel: Annotated[int, typer.Option(help="Replicas of the whole pipeline, which share the documents.")] = 1,
     output: Annotated[Path, typer.Option(help="Where the scores go, one JSON object per document.")] = Path(
         "scores.jsonl"
     ),
@@ -41,7 +37,7 @@ def run(
     report: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
 ) -> None:
     """Score documents with a pipelined model; interrupted, the same command goes on where it stopped."""
-    _require("run", "torch", "deepspeed", "transformers")
+    require("run", "torch", "deepspeed", "transformers")
     from lp_plugin.score.command import score  # noqa: PLC0415 - imports torch
 
     score(
@@ -49,12 +45,78 @@ def run(
         input_path=input,
         output=output,
         num_stages=stages,
+        tensor_parallel=tensor_parallel,
+        data_parallel=data_parallel,
         plan_path=plan,
         micro_batch=micro_batch,
         dtype=dtype,
         cluster=cluster,
         timeline=timeline,
         report=report,
+    )
+
+
+@app.command()
+def generate(
+    model: Annotated[Path, typer.Argument(help="Model directory: config.json, tokenizer, safetensors.")],
+    prompts: Annotated[Path, typer.Option(help=".jsonl with id and text, or .txt with a prompt per line.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Most new tokens for each prompt.")],
+    stages: Annotated[int | None, typer.Option(help="Stages; taken from --plan if left out.")] = None,
+    plan: Annotated[
+        Path | None, typer.Option(help="Plan with --phase decode to use; left out, one is made for these devices.")
+    ] = None,
+    output: Annotated[Path, typer.Option(help="Where the texts go, one JSON object per prompt.")] = Path(
+        "generated.jsonl"
+    ),
+    micro_batch: Annotated[int | None, typer.Option(help="Prompts that go round together; chosen if left out.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Precision instead of the config's.")] = None,
+    cluster: Annotated[
+        str | None, typer.Option(help="Devices to plan for, as for 'plan'; left out, the driver is asked.")
+    ] = None,
+    tensor_parallel: Annotated[
+        int | None, typer.Option(help="Processes that share each stage's layers; taken from --plan if left out.")
+    ] = None,
+    data_parallel: Annotated[int, typer.Option(help="Replicas of the whole pipeline, which share the prompts.")] = 1,
+    sample: Annotated[
+        bool | None,
+        typer.Option("--sample/--greedy", help="Draw tokens, or take the likeliest; else as the model's files say."),
+    ] = None,
+    temperature: Annotated[float | None, typer.Option(help="Divides the logits; implies --sample.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Draw from so many tokens, 0 for all; implies --sample.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Draw from the likeliest with this probability together; implies --sample.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the draws; tokens don't depend on the number of processes.")] = 0,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Fuse decode kernels with torch.compile; GPUs only, some 20 s once.")
+    ] = False,
+    report: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
+    stream: Annotated[bool, typer.Option("--stream", help="Print texts as they come.")] = False,
+) -> None:
+    """Continue prompts with a pipelined model; interrupted, the same command goes on where it stopped."""
+    require("run", "torch", "deepspeed", "transformers")
+    from lp_plugin.generate.command import generate as start  # noqa: PLC0415 - imports torch
+
+    start(
+        model,
+        prompts_path=prompts,
+        output=output,
+        max_new_tokens=max_new_tokens,
+        num_stages=stages,
+        plan_path=plan,
+        micro_batch=micro_batch,
+        dtype=dtype,
+        cluster=cluster,
+        tensor_parallel=tensor_parallel,
+        data_parallel=data_parallel,
+        sample=sample,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        compiled=compiled,
+        report=report,
+        stream=stream,
     )
 
 
@@ -69,22 +131,7 @@ def launch(
 
     Under torchrun: torchrun --nproc-per-node 4 --no-python lp-plugin launch train.py --deepspeed_config ds.json
     """
-    _require("deepspeed", "deepspeed")
+    require("deepspeed", "deepspeed")
     from lp_plugin.integrations.deepspeed.launch import launch_script  # noqa: PLC0415 - imports torch
 
     launch_script(script, context.args)
-
-
-@bench.command("planner")
-def bench_planner(
-    layers: Annotated[int, typer.Option(help="Layers.")] = 1000,
-    stages: Annotated[int, typer.Option(help="Stages.")] = 64,
-    repeats: Annotated[int, typer.Option(min=1, help="Timed repeats of ours.")] = 7,
-    model: Annotated[Path | None, typer.Option(help="Also time 'lp-plugin plan' on this model, as a process.")] = None,
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="Write the figures as JSON.")] = None,
-) -> None:
-    """Time the planner: beside DeepSpeed's partition_balanced on the same costs, large, and with tiers and memory."""
-    _require("deepspeed", "deepspeed")
-    from lp_plugin.bench.planner import compare_planners  # noqa: PLC0415 - imports DeepSpeed
-
-    compare_planners(console(), layers=layers, stages=stages, repeats=repeats, model=model, output=output)

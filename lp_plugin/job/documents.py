@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 
 from lp_plugin.errors import DocumentError, ModelConfigError
 
-__all__ = ["Document", "TokenizedDocuments", "read_documents", "tokenize"]
+__all__ = ["Document", "TokenizedDocuments", "load_tokenizer", "read_documents", "tokenize"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Document:
-    """One text to score."""
+    """One text of the input."""
 
     id: str | int
     """The file's own id, or the line number."""
@@ -88,20 +88,11 @@ def read_documents(path: str | Path) -> list[Document]:
     return documents
 
 
-def tokenize(
-    documents: list[Document], directory: str | Path, max_positions: int, vocab_size: int
-) -> TokenizedDocuments:
-    """Turns texts into token ids with the model directory's own tokenizer, special tokens included.
-
-    Args:
-        documents: Texts.
-        directory: The model directory.
-        max_positions: Longest sequence the model allows, in tokens.
-        vocab_size: Rows of the model's embedding.
+def load_tokenizer(directory: str | Path) -> Any:
+    """The model directory's own tokenizer, as transformers loads it.
 
     Raises:
-        ModelConfigError: If there is no tokenizer, or it makes ids that the model has no embedding for.
-        DocumentError: If a document is longer than the model allows; names it.
+        ModelConfigError: If there is none, or it is empty.
     """
     from transformers import AutoTokenizer  # noqa: PLC0415 - seconds to import: only once the input is known to be good
 
@@ -115,10 +106,29 @@ def tokenize(
             f"{directory} has no tokenizer that transformers can load: {reason} "
             "Save the model's own tokenizer there (tokenizer.save_pretrained)."
         ) from None
+    return tokenizer
+
+
+def tokenize(
+    documents: list[Document], directory: str | Path, max_positions: int | None, vocab_size: int
+) -> TokenizedDocuments:
+    """Turns texts into token ids with the model directory's own tokenizer, special tokens included.
+
+    Args:
+        documents: Texts.
+        directory: The model directory.
+        max_positions: Longest sequence the model allows, in tokens; None for no limit.
+        vocab_size: Rows of the model's embedding.
+
+    Raises:
+        ModelConfigError: If there is no tokenizer, or it makes ids that the model has no embedding for.
+        DocumentError: If a document is longer than the model allows; names it.
+    """
+    tokenizer = load_tokenizer(directory)
     encoded = tokenizer([document.text for document in documents], verbose=False)["input_ids"]
     lengths = np.array([len(ids) for ids in encoded], dtype=np.int64)
     longest = int(np.argmax(lengths))
-    if lengths[longest] > max_positions:
+    if max_positions is not None and lengths[longest] > max_positions:
         raise DocumentError(
             f"document {documents[longest].id!r} has {lengths[longest]} tokens, but the model allows "
             f"{max_positions} (max_position_embeddings); split or shorten it."

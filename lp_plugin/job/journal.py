@@ -1,8 +1,8 @@
-"""Scores on disk while a job runs: nothing lost, nothing scored twice.
+"""Results on disk while a job runs: nothing lost, nothing done twice.
 
-Scores are appended to ``OUTPUT.partial`` step by step and forced to disk; when all are there, they are written to
+Results are appended to ``OUTPUT.partial`` as they come and forced to disk; when all are there, they are written to
 ``OUTPUT`` in input order through a rename, and the journal is removed. A job that is started again reads its
-journal first. The first line names the job, so that scores of different jobs never mix.
+journal first. The first line names the job, so that results of different jobs never mix.
 """
 
 from __future__ import annotations
@@ -11,43 +11,39 @@ import fcntl
 import json
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar, cast
 
 from lp_plugin.errors import DocumentError
 from lp_plugin.files import write_atomically
 
-__all__ = ["Journal", "Score"]
+__all__ = ["Journal"]
+
+Record = TypeVar("Record", bound=Mapping[str, Any])
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Score:
-    """One document's result."""
-
-    num_tokens: int
-    """Tokens scored: all but the first, which has nothing before it."""
-    log_likelihood: float
-    """Sum of the natural logarithms of their probabilities."""
-
-
-class Journal:
-    """The scores of one job.
+class Journal(Generic[Record]):
+    """The results of one job: a dict per document, of the same keys.
 
     Args:
         output: Where the finished file goes.
-        job_digest: Names model, precision and input.
+        job_digest: Names everything that the results depend on.
         ids: The documents' ids, in input order.
+        kind: A TypedDict: the keys of a result, in the order of the output.
+
+    Attributes:
+        records: What is finished, by the document's number in the input.
 
     Raises:
         DocumentError: If the output can't be written there, or the journal belongs to another job.
     """
 
-    def __init__(self, output: str | Path, job_digest: str, ids: tuple[str | int, ...]) -> None:
+    def __init__(self, output: str | Path, job_digest: str, ids: tuple[str | int, ...], kind: type[Record]) -> None:
         self.output = Path(output)
         self.path = self.output.with_name(f"{self.output.name}.partial")
         self._ids = ids
-        self.scores: dict[int, Score] = {}
+        self._keys = tuple(kind.__annotations__)
+        self.records: dict[int, Record] = {}
         self._good_bytes = 0
         try:
             self._stream = self.path.open("ab")
@@ -68,22 +64,21 @@ class Journal:
             raise DocumentError(f"{self.path} can't be written: {error.strerror}; choose another --output.") from None
 
     def missing(self) -> list[int]:
-        """Documents that have no score yet, in input order."""
-        return [index for index in range(len(self._ids)) if index not in self.scores]
+        """Documents that have no result yet, in input order."""
+        return [index for index in range(len(self._ids)) if index not in self.records]
 
-    def append(self, scores: Mapping[int, Score]) -> None:
-        """Adds the scores of one step; on return they are on disk."""
+    def append(self, records: Mapping[int, Record]) -> None:
+        """Adds results; on return they are on disk."""
         try:
-            for index, score in scores.items():
-                record = {"index": index, "num_tokens": score.num_tokens, "log_likelihood": score.log_likelihood}
-                self._write_line(record)
+            for index, record in records.items():
+                self._write_line({"index": index, **record})
             self._stream.flush()
             os.fsync(self._stream.fileno())
         except OSError as error:
             raise DocumentError(
                 f"{self.path} can't be written: {error.strerror}; make room, then start the same command again."
             ) from None
-        self.scores.update(scores)
+        self.records.update(records)
 
     def finish(self) -> None:
         """Writes the output in input order and removes the journal."""
@@ -93,9 +88,7 @@ class Journal:
 
     def _output_lines(self) -> Iterable[str]:
         for index, identity in enumerate(self._ids):
-            score = self.scores[index]
-            record = {"id": identity, "num_tokens": score.num_tokens, "log_likelihood": score.log_likelihood}
-            yield json.dumps(record, ensure_ascii=False) + "\n"
+            yield json.dumps({"id": identity, **self.records[index]}, ensure_ascii=False) + "\n"
 
     def _write_line(self, record: Mapping[str, Any]) -> None:
         self._stream.write(json.dumps(record).encode() + b"\n")
@@ -108,9 +101,8 @@ class Journal:
             try:
                 record = json.loads(line)
                 if number > 1:
-                    self.scores[self._checked(record["index"])] = Score(
-                        num_tokens=record["num_tokens"], log_likelihood=record["log_likelihood"]
-                    )
+                    result = {key: record[key] for key in self._keys}
+                    self.records[self._checked(record["index"])] = cast("Record", result)
                 named = record["job"] if number == 1 else job_digest
             except (ValueError, KeyError, TypeError) as error:
                 raise DocumentError(
@@ -118,7 +110,7 @@ class Journal:
                 ) from None
             if named != job_digest:
                 raise DocumentError(
-                    f"{self.path} holds unfinished scores of another job (other model, precision or input); "
+                    f"{self.path} holds unfinished results of another job (other model, precision, options or input); "
                     "choose another --output, or delete it."
                 )
             self._good_bytes += len(line)

@@ -11,13 +11,16 @@ import time
 import traceback
 import uuid
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 
 from lp_plugin.errors import LpPluginError, RankFailedError, RuntimeEnvironmentError
+from lp_plugin.job.layout import Layout
 
-__all__ = ["join_launcher", "launch_local", "prepare_environment", "run_and_report"]
+__all__ = ["join_launcher", "launch_local", "prepare_environment", "run_and_report", "start_job"]
+
+Outcome = TypeVar("Outcome")
 
 EXIT_ERROR = 2
 """A deliberate error, already printed."""
@@ -26,6 +29,49 @@ EXIT_LOST_PEER = 75
 _PEER_FIRST_SECONDS = 1.0
 """Before a rank ends because another has: the launcher, which looks every 0.1 seconds, must see that one first."""
 _PEER_GONE = ("connection closed", "connection reset", "socket", "gloo", "nccl", "broken pipe", "timed out")
+
+
+class Job(Protocol):
+    """What a job tells the launcher; the rest of it is its own."""
+
+    @property
+    def layout(self) -> Layout:
+        """Its processes."""
+
+
+AnyJob = TypeVar("AnyJob", bound=Job)
+
+
+def start_job(
+    prepared: Callable[[], AnyJob], run_rank: Callable[[Callable[[], AnyJob] | None], Outcome | None]
+) -> Outcome | None:
+    """Joins the ranks that a launcher has started, or checks the job and starts its ranks on this host.
+
+    Args:
+        prepared: Checks and makes the job; called once, on rank 0.
+        run_rank: A function of a module; runs one rank. Takes ``prepared`` on rank 0, None elsewhere.
+
+    Returns:
+        What ``run_rank`` returned on rank 0; None on other ranks.
+
+    Raises:
+        SystemExit: If the job was interrupted, or a rank ended with an error that it has printed.
+        LpPluginError: Any of its kinds.
+    """
+    if join_launcher():
+        prepare_environment(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        return run_and_report(run_rank, prepared if os.environ["RANK"] == "0" else None)
+    prepare_environment(None)
+    job = prepared()
+    try:
+        return launch_local(job.layout.num_processes, _run_prepared, run_rank, job)
+    except KeyboardInterrupt:  # typer would end without a word
+        print("interrupted; what is finished is kept: the same command goes on.", file=sys.stderr)  # noqa: T201
+        raise SystemExit(130) from None
+
+
+def _run_prepared(run_rank: Callable[[Callable[[], AnyJob] | None], Outcome | None], job: AnyJob) -> Outcome | None:
+    return run_rank(lambda: job)
 
 
 def prepare_environment(num_local_processes: int | None) -> None:
@@ -179,7 +225,7 @@ def _explained(error: Any) -> BaseException:
     )
     how = f"was killed by {first.signal_name()}" if first.exitcode < 0 else f"ended with exit code {first.exitcode}"
     return RankFailedError(
-        f"rank {rank} {how}; the other ranks were stopped. Finished documents are kept: "
+        f"rank {rank} {how}; the other ranks were stopped. What is finished is kept: "
         "the same command goes on where this one stopped."
     )
 

@@ -13,12 +13,15 @@ from typing import Any
 
 import pytest
 
+from lp_plugin import cli
+
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 REFERENCE = EXAMPLES / "dense16"
 
 Make = Callable[..., Path]
 Command = Callable[..., subprocess.CompletedProcess[str]]
+Main = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture(scope="session")
@@ -70,5 +73,29 @@ def command(environment: dict[str, str]) -> Command:
             timeout=timeout,
             check=False,
         )
+
+    return run
+
+
+@pytest.fixture
+def main(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Main:
+    """Runs the command in this process; exit code, standard output and standard error."""
+    monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "error")
+    monkeypatch.setenv("TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING", "false")
+    monkeypatch.setenv("COLUMNS", "120")
+
+    def no_ranks(*arguments: object) -> None:
+        pytest.fail(f"ranks were started: {arguments}")
+
+    monkeypatch.setattr("lp_plugin.job.launch.launch_local", no_ranks)
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["lp-plugin", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        code = ended.value.code or 0
+        assert isinstance(code, int)
+        return code, *capfd.readouterr()
 
     return run

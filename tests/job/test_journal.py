@@ -1,4 +1,4 @@
-"""Scores on disk: whatever a crash leaves behind, nothing is lost, scored twice or mixed with another job."""
+"""Results on disk: whatever a crash leaves behind, nothing is lost, done twice or mixed with another job."""
 
 from __future__ import annotations
 
@@ -6,16 +6,24 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypedDict
 
 import pytest
 
 from lp_plugin.errors import DocumentError
-from lp_plugin.job.journal import Journal, Score
+from lp_plugin.job.journal import Journal
 
 IDS = ("a", 7, "c", "é")
+
+
+class Score(TypedDict):
+    num_tokens: int
+    log_likelihood: float
+
+
 SCORES = {index: Score(num_tokens=3 * index, log_likelihood=-1.1 * index) for index in range(len(IDS))}
-Open = Callable[..., Journal]
-Write = Callable[..., Journal]
+Open = Callable[..., Journal[Score]]
+Write = Callable[..., Journal[Score]]
 
 
 @pytest.fixture
@@ -31,15 +39,15 @@ def partial(output: Path) -> Path:
 @pytest.fixture
 def opened(output: Path) -> Iterator[Open]:
     """Opens the job's journal, the one before as a crash leaves it."""
-    journals: list[Journal] = []
+    journals: list[Journal[Score]] = []
 
     def crash() -> None:
         for journal in journals:
             journal._stream.close()
 
-    def opened(job: str = "job") -> Journal:
+    def opened(job: str = "job") -> Journal[Score]:
         crash()
-        journals.append(Journal(output, job, IDS))
+        journals.append(Journal(output, job, IDS, Score))
         return journals[-1]
 
     yield opened
@@ -50,7 +58,7 @@ def opened(output: Path) -> Iterator[Open]:
 def written(opened: Open) -> Write:
     """A journal with some scores."""
 
-    def written(*indices: int) -> Journal:
+    def written(*indices: int) -> Journal[Score]:
         journal = opened()
         journal.append({index: SCORES[index] for index in indices})
         return journal
@@ -63,10 +71,7 @@ def records(path: Path) -> list[dict[str, object]]:
 
 
 def finished() -> list[dict[str, object]]:
-    return [
-        {"id": identity, "num_tokens": SCORES[index].num_tokens, "log_likelihood": SCORES[index].log_likelihood}
-        for index, identity in enumerate(IDS)
-    ]
+    return [{"id": identity, **SCORES[index]} for index, identity in enumerate(IDS)]
 
 
 def test_scores_are_on_disk_as_soon_as_they_are_appended(output: Path, partial: Path, opened: Open) -> None:
@@ -106,7 +111,7 @@ def test_an_old_output_is_replaced_only_at_the_end(output: Path, written: Write)
 def test_the_same_job_goes_on(output: Path, written: Write, opened: Open) -> None:
     written(1, 3)
     journal = opened()
-    assert journal.scores == {1: SCORES[1], 3: SCORES[3]}
+    assert journal.records == {1: SCORES[1], 3: SCORES[3]}
     assert journal.missing() == [0, 2]
     journal.append({0: SCORES[0], 2: SCORES[2]})
     journal.finish()
@@ -124,7 +129,7 @@ def test_a_finished_but_not_renamed_job_goes_on(output: Path, written: Write, op
 def test_log_likelihoods_survive_to_the_last_bit(opened: Open) -> None:
     values = {0: Score(num_tokens=1, log_likelihood=-0.1 - 0.2), 1: Score(num_tokens=1, log_likelihood=-1e-300)}
     opened().append(values)
-    assert opened().scores == values
+    assert opened().records == values
 
 
 def test_every_truncation_resumes(output: Path, partial: Path, written: Write, opened: Open) -> None:
@@ -135,8 +140,8 @@ def test_every_truncation_resumes(output: Path, partial: Path, written: Write, o
         partial.write_bytes(content[:kept])
         whole = content[:kept].decode().split("\n")[1:-1]  # without the job's line and what follows the last end
         journal = opened()
-        assert list(journal.scores) == [json.loads(line)["index"] for line in whole], kept
-        assert journal.scores == {index: SCORES[index] for index in journal.scores}
+        assert list(journal.records) == [json.loads(line)["index"] for line in whole], kept
+        assert journal.records == {index: SCORES[index] for index in journal.records}
         journal.append({index: SCORES[index] for index in journal.missing()})
         indices = [line["index"] for line in records(partial)[1:]]
         assert sorted(indices) == [0, 1, 2, 3], kept
@@ -165,7 +170,7 @@ def test_two_jobs_never_write_one_journal(output: Path, partial: Path, written: 
     written(0)
     before = partial.read_bytes()
     with pytest.raises(DocumentError, match="in use: another job"):
-        Journal(output, "job", IDS)
+        Journal(output, "job", IDS, Score)
     assert partial.read_bytes() == before
 
 
@@ -211,4 +216,4 @@ def test_a_folder_in_the_journals_place(output: Path, partial: Path, opened: Ope
 
 def test_a_missing_folder(tmp_path: Path) -> None:
     with pytest.raises(DocumentError, match="can't be written"):
-        Journal(tmp_path / "nowhere" / "scores.jsonl", "job", IDS)
+        Journal(tmp_path / "nowhere" / "scores.jsonl", "job", IDS, Score)

@@ -1,0 +1,58 @@
+"""Benchmarks, each side by side in one run: ``bench planner``, ``bench generate``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lp_plugin.cli.app import bench, console, require
+
+__all__ = ["bench_generate", "bench_planner"]
+
+
+@bench.command("planner")
+def bench_planner(
+    layers: Annotated[int, typer.Option(help="Layers.")] = 1000,
+    stages: Annotated[int, typer.Option(help="Stages.")] = 64,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed repeats of ours.")] = 7,
+    model: Annotated[Path | None, typer.Option(help="Also time 'lp-plugin plan' on this model, as a process.")] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Write the figures as JSON.")] = None,
+) -> None:
+    """Time the planner: beside DeepSpeed's partition_balanced on the same costs, large, and with tiers and memory."""
+    require("deepspeed", "deepspeed")
+    from lp_plugin.bench.planner import compare_planners  # noqa: PLC0415 - imports DeepSpeed
+
+    compare_planners(console(), layers=layers, stages=stages, repeats=repeats, model=model, output=output)
+
+
+@bench.command("generate")
+def bench_generate(
+    model: Annotated[Path, typer.Argument(help="Model directory: config.json, safetensors.")],
+    stages: Annotated[int, typer.Option(help="Devices of those that use several.")],
+    requests: Annotated[int, typer.Option(help="Prompts, all given at once.")] = 64,
+    prompt_tokens: Annotated[int, typer.Option(help="Tokens of each prompt; random ones.")] = 128,
+    new_tokens: Annotated[int, typer.Option(help="Tokens to make for each, whatever they are.")] = 64,
+    repeats: Annotated[int, typer.Option(min=1, help="Turns of each contender.")] = 5,
+    baselines: Annotated[
+        str,
+        typer.Option(help="all, or with commas: native-pp, accelerate, tp, one-gpu, one-gpu-compiled, ours-one-gpu."),
+    ] = "all",
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Write the figures as JSON.")] = None,
+) -> None:
+    """Time generation in turns with transformers and accelerate: same model, prompts and GPUs, greedy, one batch."""
+    require("run", "torch", "deepspeed", "transformers")
+    from lp_plugin.bench.generate import compare_generation  # noqa: PLC0415 - imports torch
+
+    compare_generation(
+        console(),
+        model,
+        stages=stages,
+        requests=requests,
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        repeats=repeats,
+        baselines=baselines,
+        output=output,
+    )
