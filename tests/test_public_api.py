@@ -16,7 +16,7 @@ import pytest
 import lp_plugin
 
 ROOT = Path(__file__).parent.parent
-ABOVE = ("bench", "cli", "integrations", "measure", "score")
+ABOVE = ("bench", "cli", "generate", "integrations", "job", "measure", "score")
 CORE = sorted(
     path
     for path in (ROOT / "lp_plugin").rglob("*.py")

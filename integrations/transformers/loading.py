@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from deepspeed import comm as dist
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
 from lp_plugin.errors import DeepSpeedConfigError, PlanFileError, WorkloadError, WorldSizeError
 from lp_plugin.hardware import Cluster
@@ -43,13 +44,15 @@ def load_model(
 ) -> PipelinedModel:
     """As `lp_plugin.integrations.transformers.load`, which see."""
     settings = Settings(section=Section()) if config is None else read_settings(config)
-    check_runnable(read_model_config(directory), encodes=True)
+    model_config = read_model_config(directory)
+    check_runnable(model_config, encodes=True)
+    head = _has_head(model_config)
     if dtype is None and settings.dtype != "float32":
         dtype = settings.dtype
     chosen = _plan(plan, settings, directory, dtype)
     granularity = "layer" if chosen is None else chosen.granularity
     profile = ModelProfile.from_config(directory, dtype=dtype, granularity=granularity)
-    check_buildable(directory, profile.dtype, halves=granularity == "sublayer")
+    check_buildable(directory, profile.dtype, halves=granularity == "sublayer", head=head)
     join_or_start()
     layout = _layout(chosen, num_stages, tensor_parallel, data_parallel)
     workload = _workload(profile, settings, layout, given=config is not None) if chosen is None else chosen.workload
@@ -65,6 +68,7 @@ def load_model(
             cluster=_cluster(settings, layout),
             tensor_parallel=layout.tensor_parallel,
             data_parallel=layout.data_parallel,
+            head=head,
         )
     engine = build_engine(
         module,
@@ -147,6 +151,11 @@ def _workload(profile: ModelProfile, settings: Settings, layout: Layout, *, give
         sequence=section.sequence if "sequence" in section.model_fields_set else min(longest, _TOKENS),
         micro_batch=rows,
     )
+
+
+def _has_head(config: Mapping[str, Any]) -> bool:
+    """Whether the model was saved with its head: as another class than its family's base model."""
+    return MODEL_MAPPING_NAMES.get(config["model_type"]) not in (config.get("architectures") or [])
 
 
 def _cluster(settings: Settings, layout: Layout) -> Cluster | None:

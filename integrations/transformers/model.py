@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeAlias
@@ -65,7 +66,7 @@ class PipelinedModel:
         """Log-likelihood of each text: the sum over all its tokens but the first, natural logarithm.
 
         Raises:
-            UnsupportedModelError: If the model encodes.
+            UnsupportedModelError: If the model encodes, or was saved without its head.
             DocumentError: If a text is longer than the model allows; names its number.
             RuntimeEnvironmentError: If the model overflows in this precision.
         """
@@ -121,7 +122,7 @@ class PipelinedModel:
             The new text of each prompt, without special tokens, if texts were given; else the new token ids.
 
         Raises:
-            UnsupportedModelError: If the model encodes.
+            UnsupportedModelError: If the model encodes, or was saved without its head.
             WorkloadError: If a prompt is empty or too long, there is none, or an option is unknown or can't be done.
             InfeasibleError: If not even one prompt fits the memory.
         """
@@ -178,6 +179,7 @@ class PipelinedModel:
     def _forget(self) -> None:
         self._closed = True
         self._engine = self._module = self._runner = None  # type: ignore[assignment]
+        gc.collect()  # DeepSpeed's engine refers to itself
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
@@ -190,6 +192,10 @@ class PipelinedModel:
         family = self._module.hf_config.model_type
         if family in ENCODERS:
             raise UnsupportedModelError(f"a {family} model encodes; it can't {what}, but embed.")
+        if not self._module.stage.with_head:
+            raise UnsupportedModelError(
+                f"{self._module.directory} was saved without its head; it can't {what}, but embed."
+            )
 
     def _tokenized(self, texts: Sequence[str]) -> TokenizedDocuments:
         self._check_open()
@@ -340,6 +346,6 @@ def _are_texts(prompts: Sequence[Any]) -> bool:
     if not isinstance(prompts, (str, bytes)) and len(prompts):
         if all(isinstance(prompt, str) for prompt in prompts):
             return True
-        if not any(isinstance(prompt, (str, bytes, int)) for prompt in prompts):
+        if all(isinstance(prompt, Iterable) and not isinstance(prompt, (str, bytes)) for prompt in prompts):
             return False
     raise WorkloadError("prompts must be a list of strings, or of lists of token ids, with at least one of them.")

@@ -11,7 +11,7 @@ from lp_plugin.model.halves import attention_half
 
 __all__ = ["last_logits", "on_static_caches", "replayed", "workspace_bytes"]
 
-_REPLAYED_SECONDS = 180e-6
+_REPLAYED_SECONDS = 135e-6
 """Least seconds of a block whose kernels are replayed from a CUDA graph: some 50, each of 1 to 20 us however small its
 tensors. Measured on an H200: 1.49 ms for 8 llama blocks of hidden size 2048, 32 rows, torch 2.11 (docs/results); the
 catalogue's figures are for eager launches."""

@@ -8,6 +8,7 @@ cut into groups so that padding and pipeline bubbles together cost least.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -50,6 +51,15 @@ class Step:
         """Tokens computed per micro-batch, padding included."""
         return self.rows * self.length
 
+    def of_replica(self, replica: int, num_replicas: int) -> Step:
+        """What one of several pipelines does: every ``num_replicas``-th micro-batch.
+
+        All do as many; where micro-batches run short, one of padding alone is added.
+        """
+        mine = self.micro_batches[replica::num_replicas]
+        count = -(-len(self.micro_batches) // num_replicas)
+        return dataclasses.replace(self, micro_batches=mine + ((),) * (count - len(mine)))
+
     def inputs(self, documents: TokenizedDocuments, number: int) -> NDArray[np.int64]:
         """Token ids of a micro-batch; [rows, length], 0 for padding."""
         padded = np.zeros((self.rows, self.length), dtype=np.int64)
@@ -57,6 +67,14 @@ class Step:
             tokens = documents[index]
             padded[row, : len(tokens)] = tokens
         return padded
+
+    def mask(self, documents: TokenizedDocuments, number: int) -> NDArray[np.int64]:
+        """1 for tokens, 0 for padding; [rows, length]. A row of padding alone counts as one token."""
+        mask = np.zeros((self.rows, self.length), dtype=np.int64)
+        mask[:, 0] = 1
+        for row, index in enumerate(self.micro_batches[number]):
+            mask[row, : len(documents[index])] = 1
+        return mask
 
     def labels(self, documents: TokenizedDocuments, number: int) -> NDArray[np.int64]:
         """The token that follows each position; [rows, length], `IGNORED` where none does."""
@@ -79,6 +97,7 @@ def make_steps(
     tokens_per_micro_batch: int,
     num_stages: int,
     max_positions: int,
+    num_replicas: int = 1,
 ) -> list[Step]:
     """Packs documents into steps; every document in exactly one row.
 
@@ -86,8 +105,9 @@ def make_steps(
         lengths: Tokens of every document of the job.
         documents: Those to pack.
         tokens_per_micro_batch: What the plan's micro-batch holds; shorter rows share it.
-        num_stages: Stages of the pipeline.
+        num_stages: Stages of a pipeline.
         max_positions: Longest row.
+        num_replicas: Pipelines that share each step's micro-batches.
 
     Returns:
         Steps, longest rows first (so that a run that does not fit fails at once).
@@ -95,11 +115,11 @@ def make_steps(
     order = sorted(documents, key=lambda index: (-int(lengths[index]), index))
     padded = [pad_length(int(lengths[index]), max_positions) for index in order]
     steps = []
-    for first, last in _groups(padded, tokens_per_micro_batch, num_stages):
+    for first, last in _groups(padded, tokens_per_micro_batch, num_stages, num_replicas):
         length = padded[first]
-        rows = _rows(last - first, length, tokens_per_micro_batch, num_stages)
+        rows = _rows(last - first, length, tokens_per_micro_batch, num_stages * num_replicas)
         micro_batches = [tuple(order[at : min(at + rows, last)]) for at in range(first, last, rows)]
-        most = _MICRO_BATCHES_PER_STAGE * num_stages
+        most = _MICRO_BATCHES_PER_STAGE * num_stages * num_replicas
         steps += [
             Step(length=length, rows=rows, micro_batches=tuple(micro_batches[at : at + most]))
             for at in range(0, len(micro_batches), most)
@@ -108,11 +128,13 @@ def make_steps(
 
 
 def _rows(count: int, length: int, tokens_per_micro_batch: int, num_stages: int) -> int:
-    """Rows per micro-batch: as many as the token budget holds, but enough micro-batches to fill the pipeline."""
+    """Rows per micro-batch: as many as the token budget holds, but enough micro-batches to fill all stages."""
     return max(1, min(tokens_per_micro_batch // length, -(-count // (4 * num_stages))))
 
 
-def _groups(padded: list[int], tokens_per_micro_batch: int, num_stages: int) -> list[tuple[int, int]]:
+def _groups(
+    padded: list[int], tokens_per_micro_batch: int, num_stages: int, num_replicas: int
+) -> list[tuple[int, int]]:
     """Cuts the sorted lengths where padding saved outweighs another bubble (dynamic programming over cuts)."""
     changes = [at for at in range(1, len(padded)) if padded[at] != padded[at - 1]]
     stride = max(1, -(-len(changes) // _MOST_GROUPS))
@@ -122,8 +144,8 @@ def _groups(padded: list[int], tokens_per_micro_batch: int, num_stages: int) -> 
     for stop in range(1, len(cuts)):
         for start in range(stop):
             count, length = cuts[stop] - cuts[start], padded[cuts[start]]
-            rows = _rows(count, length, tokens_per_micro_batch, num_stages)
-            cost = best[start] + (-(-count // rows) + num_stages - 1) * rows * length
+            rows = _rows(count, length, tokens_per_micro_batch, num_stages * num_replicas)
+            cost = best[start] + (-(-count // (rows * num_replicas)) + num_stages - 1) * rows * length
             if cost < best[stop]:
                 best[stop], back[stop] = cost, start
     groups = []

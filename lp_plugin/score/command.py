@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from rich.console import Console
-
 from lp_plugin.files import write_atomically
-from lp_plugin.job.launch import join_launcher, launch_local, prepare_environment, run_and_report
+from lp_plugin.job.launch import start_job
 from lp_plugin.picture import timeline_picture
-from lp_plugin.report import WIDTH
+from lp_plugin.report import console
 from lp_plugin.score.job import ScoreJob, prepare
 from lp_plugin.score.outcome import Outcome
 
@@ -26,6 +22,8 @@ def score(
     input_path: Path,
     output: Path,
     num_stages: int | None,
+    tensor_parallel: int | None,
+    data_parallel: int,
     plan_path: Path | None,
     micro_batch: int | None,
     dtype: str | None,
@@ -45,6 +43,8 @@ def score(
             input_path=input_path,
             output=output,
             num_stages=num_stages,
+            tensor_parallel=tensor_parallel,
+            data_parallel=data_parallel,
             plan_path=plan_path,
             micro_batch=micro_batch,
             dtype=dtype,
@@ -53,41 +53,25 @@ def score(
             report=report,
         )
 
-    joined = join_launcher()
-    prepare_environment(int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if joined else num_stages)
-    if joined:
-        outcome = run_and_report(_joined_rank, prepared)
-    else:
-        job = prepared()
-        try:
-            outcome = launch_local(job.num_stages, _local_rank, job)
-        except KeyboardInterrupt:  # typer would end without a word
-            print("interrupted; finished documents are kept: the same command goes on.", file=sys.stderr)  # noqa: T201
-            raise SystemExit(130) from None
+    outcome = start_job(prepared, _run_rank)
     if outcome is not None:
         _show(outcome, output, timeline, report)
 
 
-def _local_rank(job: ScoreJob) -> Outcome | None:
+def _run_rank(prepared: Callable[[], ScoreJob] | None) -> Outcome | None:
     from lp_plugin.score.worker import run_rank  # noqa: PLC0415 - DeepSpeed, only in the ranks
 
-    return run_rank(lambda: job)
-
-
-def _joined_rank(prepared: Callable[[], ScoreJob]) -> Outcome | None:
-    from lp_plugin.score.worker import run_rank  # noqa: PLC0415
-
-    return run_rank(prepared if os.environ["RANK"] == "0" else None)
+    return run_rank(prepared)
 
 
 def _show(outcome: Outcome, output: Path, timeline: Path | None, report: Path | None) -> None:
-    console = Console() if Console().is_terminal else Console(width=WIDTH)
-    console.print(outcome.report())
-    console.print(f"scores written to {output}")
+    page = console()
+    page.print(outcome.report())
+    page.print(f"scores written to {output}")
     if timeline is not None and outcome.plan is not None:
         intervals = [each for rank in outcome.ranks for each in rank.intervals]
         timeline_picture(intervals, len(outcome.ranks), timeline)
-        console.print(f"timeline written to {timeline}")
+        page.print(f"timeline written to {timeline}")
     if report is not None:
         write_atomically(report, json.dumps(outcome.as_json(), indent=2) + "\n")
-        console.print(f"figures written to {report}")
+        page.print(f"figures written to {report}")

@@ -12,6 +12,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from lp_plugin.job.layout import Layout
 from lp_plugin.plan import Plan
 from lp_plugin.quantity import format_bytes, format_seconds
 from lp_plugin.schedule import Interval, bubble_bound, makespan_seconds
@@ -48,12 +49,14 @@ class Outcome:
 
     plan: Plan | None
     """None if a resumed job had nothing left to do."""
+    layout: Layout
+    """The processes."""
     tokens_per_micro_batch: int
     """What documents were packed into; rows times length of a step is at most that."""
     steps: tuple[Step, ...]
-    """What this run computed."""
+    """What the first pipeline computed in this run; others did as many micro-batches of these shapes."""
     ranks: tuple[RankTimes, ...]
-    """In pipeline order."""
+    """The first pipeline's first rank of each stage."""
     num_documents: int
     """In the output."""
     num_scored: int
@@ -93,7 +96,7 @@ class Outcome:
     @property
     def padded_tokens_per_second(self) -> float:
         """Tokens computed per second, padding counted: what the hardware did."""
-        return self._computed_tokens / self.wall_seconds
+        return self._computed_tokens * self.layout.data_parallel / self.wall_seconds
 
     def stage_seconds(self, stage: int) -> float:
         """Mean seconds of a stage's forward pass, scaled by tokens to a micro-batch of the first step."""
@@ -101,7 +104,7 @@ class Outcome:
 
     @property
     def _computed_tokens(self) -> int:
-        """Padding included."""
+        """By the first pipeline, padding included."""
         return sum(step.tokens * len(step.micro_batches) for step in self.steps)
 
     @property
@@ -149,6 +152,8 @@ class Outcome:
             "hosts": [rank.host for rank in self.ranks],
             "threads": self.ranks[0].threads,
             "boundaries": list(self.plan.boundaries),
+            "tensor_parallel": self.layout.tensor_parallel,
+            "data_parallel": self.layout.data_parallel,
             "dtype": self.plan.dtype,
             "tokens_per_micro_batch": self.tokens_per_micro_batch,
             "steps": [[step.rows, step.length, len(step.micro_batches)] for step in self.steps],
@@ -185,9 +190,9 @@ class Outcome:
             f"predicted    {format_seconds(self.predicted_seconds)} against "
             f"{format_seconds(self.wall_seconds)} measured ({error:+.1%})",
         ]
-        cores = os.cpu_count() or 1
-        if self.ranks[0].host == "CPU" and len(self.ranks) * self.ranks[0].threads > cores:
-            lines.append(f"note         {len(self.ranks)} processes share {cores} cores: stages slow each other down")
+        cores, processes = os.cpu_count() or 1, self.layout.num_processes
+        if self.ranks[0].host == "CPU" and processes * self.ranks[0].threads > cores:
+            lines.append(f"note         {processes} processes share {cores} cores: stages slow each other down")
         return Group(self._stage_table(self.plan), Text("\n".join(lines)))
 
     def _stage_table(self, plan: Plan) -> Table:

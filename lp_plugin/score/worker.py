@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
-import numpy as np
 import torch
 from deepspeed import comm as dist
 
-from lp_plugin.errors import RuntimeEnvironmentError, WorldSizeError
+from lp_plugin.errors import RuntimeEnvironmentError
 from lp_plugin.integrations.deepspeed.engine import (
-    InstructionTimer,
     StageTimes,
     build_engine,
     init_distributed,
@@ -22,18 +21,20 @@ from lp_plugin.integrations.deepspeed.engine import (
     stage_alone_seconds,
 )
 from lp_plugin.integrations.transformers.pipeline import HFPipelineModule
-from lp_plugin.job.journal import Journal, Score
+from lp_plugin.job.journal import Journal
+from lp_plugin.job.layout import Layout
+from lp_plugin.job.progress import Progress
+from lp_plugin.job.ranks import agree, check_processes, gather, leave
 from lp_plugin.plan import Plan
 from lp_plugin.score.batches import Step, make_steps, pad_length
 from lp_plugin.score.job import ScoreJob
 from lp_plugin.score.likelihood import log_likelihoods
 from lp_plugin.score.outcome import Outcome, RankTimes
-from lp_plugin.score.progress import Progress
+from lp_plugin.score.scores import Score
+from lp_plugin.score.steps import StepRunner
 from lp_plugin.workload import Workload
 
 __all__ = ["run_rank"]
-
-Value = TypeVar("Value")
 
 
 def run_rank(prepared: Callable[[], ScoreJob] | None) -> Outcome | None:
@@ -52,17 +53,17 @@ def run_rank(prepared: Callable[[], ScoreJob] | None) -> Outcome | None:
         LpPluginError: Any of its kinds.
     """
     init_distributed()
-    outcome = _run(_agree(prepared() if prepared else None))
-    dist.barrier()  # Gloo may abort a process that ends while its last message is under way
-    torch.distributed.destroy_process_group()  # not after an error: its store tells who has reported it
+    outcome = _run(agree(prepared() if prepared else None))
+    leave()
     return outcome
 
 
 def _run(job: ScoreJob) -> Outcome | None:
-    _check_processes(job)
-    journal = Journal(job.output, job.digest, job.documents.ids) if dist.get_rank() == 0 else None
-    remaining = _agree(journal.missing() if journal else None)
-    progress = Progress(len(job.documents), len(job.documents) - len(remaining)) if journal else None
+    check_processes(job.layout)
+    journal = Journal(job.output, job.digest, job.documents.ids, Score) if dist.get_rank() == 0 else None
+    remaining = agree(journal.missing() if journal else None)
+    done_before = len(job.documents) - len(remaining)
+    progress = Progress("documents", len(job.documents), done_before) if journal else None
     done = _Done()
     if remaining:
         module, longest = _load(job, remaining)
@@ -71,11 +72,12 @@ def _run(job: ScoreJob) -> Outcome | None:
             job.documents.lengths,
             remaining,
             tokens_per_micro_batch=done.tokens_per_micro_batch,
-            num_stages=job.num_stages,
+            num_stages=job.layout.num_stages,
             max_positions=job.max_positions,
+            num_replicas=job.layout.data_parallel,
         )
         _run_steps(job, module, steps, done, journal, progress)
-    ranks = _gather(job, done)
+    ranks = gather(_times(done))
     if journal is None or progress is None:
         return None
     progress.close()
@@ -105,15 +107,6 @@ class _Done:
             self.longest = times
 
 
-def _check_processes(job: ScoreJob) -> None:
-    world = dist.get_world_size()
-    if world != job.num_stages:
-        raise WorldSizeError(
-            f"{world} processes for {job.num_stages} stages: the job needs one process per stage; "
-            f"start {job.num_stages} processes, or pass --stages {world}."
-        )
-
-
 def _load(job: ScoreJob, remaining: list[int]) -> tuple[HFPipelineModule, int]:
     """This rank's stage, and the length of the longest row."""
     longest = pad_length(int(job.documents.lengths[remaining].max()), job.max_positions)
@@ -127,12 +120,14 @@ def _load(job: ScoreJob, remaining: list[int]) -> tuple[HFPipelineModule, int]:
     with quiet():
         module = HFPipelineModule(
             job.directory,
-            num_stages=job.num_stages,
+            num_stages=job.layout.num_stages,
             workload=workload,
             plan=job.plan,
             dtype=job.dtype,
             cluster=job.cluster,
             loss_fn=log_likelihoods,
+            tensor_parallel=job.layout.tensor_parallel,
+            data_parallel=job.layout.data_parallel,
         )
     return module, longest
 
@@ -142,30 +137,26 @@ def _run_steps(
     module: HFPipelineModule,
     steps: list[Step],
     done: _Done,
-    journal: Journal | None,
+    journal: Journal[Score] | None,
     progress: Progress | None,
 ) -> None:
     """Every step in turn; rank 0 keeps the journal and shows progress."""
     if progress:
         progress.show_plan(module.lp_plan)
-    engine = _engine(module, steps[0])
-    timer = InstructionTimer(engine)
+    runner = StepRunner(_engine(module, steps[0]), timed=True)
     done.alone_seconds = _alone(module, steps[0])
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     dist.barrier()  # the ranks end their measurements at different times
     start = time.perf_counter()
-    shape = None
     for step in steps:
-        if shape != (step.rows, step.length):
-            shape = (step.rows, step.length)
-            engine.reset_activation_shape()  # else the last step's shape would be assumed, silently
-            engine.set_train_micro_batch_size(step.rows)
-        scores, times = _run_step(engine, timer, job, step)
-        done.add(step, times)
+        scores = _run_step(runner, job, step)
+        if runner.times is not None:
+            done.add(step, runner.times)
         if journal and progress:
             journal.append(scores)
-            progress.advance(step, job.documents)
+            lengths = job.documents.lengths[list(step.documents)]
+            progress.advance(len(step.documents), int(lengths.sum()))
     done.elapsed_seconds = time.perf_counter() - start
 
 
@@ -178,14 +169,16 @@ def _engine(module: HFPipelineModule, step: Step) -> Any:
 
 
 def _alone(module: HFPipelineModule, step: Step) -> float:
-    """Seconds of this rank's stage by itself, loss included; ranks that share a CPU take turns."""
+    """Seconds of this rank's stage by itself, loss included; stages that share a CPU take turns."""
     inputs = _stage_input(module, step)
     stage = module.with_loss(module) if module.stage.has_head else module
+    shared = module.lp_profile.tensor_parallel
     if torch.cuda.is_available():
-        return stage_alone_seconds(stage, inputs, warm_up_seconds=2.0)
+        group = module._grid.get_slice_parallel_group() if shared > 1 else None
+        return stage_alone_seconds(stage, inputs, warm_up_seconds=2.0, group=group)
     seconds = 0.0
-    for turn in range(dist.get_world_size()):
-        if turn == dist.get_rank():
+    for turn in range(dist.get_world_size() // shared):
+        if turn == dist.get_rank() // shared:
             seconds = stage_alone_seconds(stage, inputs)
         dist.barrier()
     return seconds
@@ -193,65 +186,32 @@ def _alone(module: HFPipelineModule, step: Step) -> float:
 
 def _stage_input(module: HFPipelineModule, step: Step) -> torch.Tensor:
     """A micro-batch of random values in the shape that this rank's stage takes."""
-    device = next(iter(module.parameters())).device
-    if module._local_start == 0:
-        return torch.randint(module.hf_config.vocab_size, (step.rows, step.length), device=device)
+    if module.stage.has_embedding:
+        return torch.randint(module.hf_config.vocab_size, (step.rows, step.length), device=module.device)
     shape = (step.rows, step.length, module.hf_config.hidden_size)
-    return torch.randn(shape, device=device).to(module.torch_dtype)
+    return torch.randn(shape, device=module.device).to(module.torch_dtype)
 
 
-def _run_step(engine: Any, timer: InstructionTimer, job: ScoreJob, step: Step) -> tuple[dict[int, Score], StageTimes]:
-    """One ``eval_batch``; the scores reach every rank."""
-    engine.total_loss = None  # eval_batch goes on adding to it, whatever the number of rows
-    micro_batches = _micro_batches(engine, step, job)
-    timer.start()
-    outputs = engine.eval_batch(
-        iter(micro_batches),
-        compute_loss=True,
-        reduce_output=None,
-        bcast_loss=False,
-        num_micro_batches=len(step.micro_batches),
-    )
-    times = timer.stop()
-    result = torch.zeros((len(step.micro_batches), step.rows), dtype=torch.float64, device=engine.device)
-    if engine.is_last_stage():
-        result.copy_(torch.stack(outputs))
-    dist.broadcast(result, src=job.num_stages - 1)
-    values = result.tolist()
+def _run_step(runner: StepRunner, job: ScoreJob, step: Step) -> dict[int, Score]:
+    """The scores of a step, on every rank."""
+    documents = job.documents
+    values = runner.run(step, documents).tolist()
     scores = {}
     for micro_batch, row_values in zip(step.micro_batches, values, strict=True):
         for index, value in zip(micro_batch, row_values, strict=False):  # rows beyond the documents are padding
             if not math.isfinite(value):
                 raise RuntimeEnvironmentError(
-                    f"document {job.documents.ids[index]!r} got log-likelihood {value}: the model overflows in "
+                    f"document {documents.ids[index]!r} got log-likelihood {value}: the model overflows in "
                     f"{job.dtype}, or its weights hold values that are not finite. Try --dtype float32 or bfloat16, "
                     f"with another --output or without {job.output}.partial (scores of one precision don't mix)."
                 )
-            scores[index] = Score(num_tokens=max(len(job.documents[index]) - 1, 0), log_likelihood=value + 0.0)
-    return scores, times
+            scores[index] = Score(num_tokens=max(len(documents[index]) - 1, 0), log_likelihood=value + 0.0)
+    return scores
 
 
-def _micro_batches(engine: Any, step: Step, job: ScoreJob) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Inputs and labels of a step on the device already: a copy per micro-batch would wait for the pass before it."""
-    if not (engine.is_first_stage() or engine.is_last_stage()):
-        return []
-    numbers = range(len(step.micro_batches))
-    inputs = np.stack([step.inputs(job.documents, number) for number in numbers])
-    labels = np.stack([step.labels(job.documents, number) for number in numbers])
-    on_device = (torch.from_numpy(each).to(engine.device) for each in (inputs, labels))
-    return list(zip(*on_device, strict=True))
-
-
-def _agree(value: Value | None) -> Value:
-    """Rank 0's value, on every rank."""
-    box: list[Any] = [value]
-    torch.distributed.broadcast_object_list(box, src=0)
-    return box[0]
-
-
-def _gather(job: ScoreJob, done: _Done) -> tuple[RankTimes, ...]:
-    """Every rank's times, on every rank; collective."""
-    mine = RankTimes(
+def _times(done: _Done) -> RankTimes:
+    """What this rank measured."""
+    return RankTimes(
         wall_seconds=tuple(done.wall_seconds),
         forward_seconds=tuple(done.forward_seconds),
         alone_seconds=done.alone_seconds,
@@ -261,21 +221,27 @@ def _gather(job: ScoreJob, done: _Done) -> tuple[RankTimes, ...]:
         host=torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
         threads=torch.get_num_threads(),
     )
-    gathered: list[RankTimes] = [mine] * job.num_stages
-    torch.distributed.all_gather_object(gathered, mine)
-    return tuple(gathered)
 
 
-def _outcome(job: ScoreJob, done: _Done, ranks: tuple[RankTimes, ...], journal: Journal) -> Outcome:
+def _outcome(job: ScoreJob, done: _Done, ranks: tuple[RankTimes, ...], journal: Journal[Score]) -> Outcome:
     scored = [index for step in done.steps for index in step.documents]
+    replicas = job.layout.data_parallel
     return Outcome(
         plan=done.plan,
+        layout=job.layout,
         tokens_per_micro_batch=done.tokens_per_micro_batch,
-        steps=tuple(done.steps),
-        ranks=ranks,
+        steps=tuple(step.of_replica(0, replicas) for step in done.steps),
+        ranks=_first_of_each_stage(ranks, job.layout),
         num_documents=len(job.documents),
         num_scored=len(scored),
         num_tokens=int(job.documents.lengths[scored].sum()),
-        total_log_likelihood=math.fsum(score.log_likelihood for score in journal.scores.values()),
-        total_scored_tokens=sum(score.num_tokens for score in journal.scores.values()),
+        total_log_likelihood=math.fsum(score["log_likelihood"] for score in journal.records.values()),
+        total_scored_tokens=sum(score["num_tokens"] for score in journal.records.values()),
     )
+
+
+def _first_of_each_stage(ranks: tuple[RankTimes, ...], layout: Layout) -> tuple[RankTimes, ...]:
+    """The first pipeline's first rank of each stage; its peak is that of the fullest rank with the same layers."""
+    size = layout.tensor_parallel * layout.data_parallel
+    stages = [ranks[first : first + size] for first in range(0, len(ranks), size)]
+    return tuple(dataclasses.replace(alike[0], peak_bytes=max(rank.peak_bytes for rank in alike)) for alike in stages)

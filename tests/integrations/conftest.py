@@ -6,10 +6,15 @@ import os
 import signal
 import socket
 import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from commands import BIN, Start
+from families import BERT, GROUPED, make_model
+from transformers import AutoConfig, AutoModel
 
 
 @pytest.fixture(scope="session")
@@ -52,3 +57,35 @@ def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
+
+
+@pytest.fixture(scope="session")
+def text_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``llama`` and ``bert``: 3 blocks, 128 positions, bytes as tokens after one leading token."""
+    sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "dense16"))
+    try:
+        from byte_tokenizer import make_byte_tokenizer
+    finally:
+        sys.path.pop(0)
+    folder = tmp_path_factory.mktemp("text models")
+    sizes = {"vocab_size": 264, "num_hidden_layers": 3, "max_position_embeddings": 128, "eos_token_id": 256}
+    make_model(AutoConfig.for_model("llama", **GROUPED | sizes)).save_pretrained(folder / "llama")
+    torch.manual_seed(1)
+    AutoModel.from_config(AutoConfig.for_model("bert", **BERT | sizes)).save_pretrained(folder / "bert")
+    for name in ("llama", "bert"):
+        make_byte_tokenizer(128).save_pretrained(folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def own_process() -> Iterator[None]:
+    """Lets this process be a job of its own, and leaves it as it was."""
+    before = dict(os.environ)
+    yield
+    if torch.distributed.is_initialized():
+        from deepspeed import comm
+
+        comm.destroy_process_group()
+        comm.comm.cdb = None  # else DeepSpeed would not start again
+    os.environ.clear()
+    os.environ.update(before)

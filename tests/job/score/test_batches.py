@@ -18,6 +18,7 @@ MAX_POSITIONS = 120
 LENGTHS = st.lists(st.integers(0, MAX_POSITIONS), max_size=120)
 BUDGETS = st.integers(1, 600)
 STAGES = st.integers(1, 5)
+REPLICAS = st.integers(1, 3)
 
 
 def made_of(lengths: list[int]) -> TokenizedDocuments:
@@ -30,20 +31,23 @@ def made_of(lengths: list[int]) -> TokenizedDocuments:
     )
 
 
-def steps_of(lengths: list[int], budget: int, stages: int, documents: list[int] | None = None) -> list[Step]:
+def steps_of(
+    lengths: list[int], budget: int, stages: int, documents: list[int] | None = None, replicas: int = 1
+) -> list[Step]:
     return make_steps(
         lengths,
         range(len(lengths)) if documents is None else documents,
         tokens_per_micro_batch=budget,
         num_stages=stages,
         max_positions=MAX_POSITIONS,
+        num_replicas=replicas,
     )
 
 
 @STEADY
-@given(LENGTHS, BUDGETS, STAGES)
-def test_every_document_is_in_exactly_one_row(lengths: list[int], budget: int, stages: int) -> None:
-    steps = steps_of(lengths, budget, stages)
+@given(LENGTHS, BUDGETS, STAGES, REPLICAS)
+def test_every_document_is_in_exactly_one_row(lengths: list[int], budget: int, stages: int, replicas: int) -> None:
+    steps = steps_of(lengths, budget, stages, replicas=replicas)
     placed = Counter(index for step in steps for index in step.documents)
     assert placed == Counter(range(len(lengths)))
     for step in steps:
@@ -62,6 +66,20 @@ def test_a_resumed_job_packs_the_missing_documents_alone(
     missing = [index for index in range(len(lengths)) if data.draw(st.booleans())]
     steps = steps_of(lengths, budget, stages, missing)
     assert sorted(index for step in steps for index in step.documents) == missing
+
+
+@STEADY
+@given(LENGTHS, BUDGETS, STAGES, REPLICAS)
+def test_replicas_share_the_micro_batches_evenly(lengths: list[int], budget: int, stages: int, replicas: int) -> None:
+    for step in steps_of(lengths, budget, stages, replicas=replicas):
+        parts = [step.of_replica(number, replicas) for number in range(replicas)]
+        assert {(part.rows, part.length) for part in parts} == {(step.rows, step.length)}
+        assert len({len(part.micro_batches) for part in parts}) == 1
+        dealt = [part.micro_batches[turn] for turn in range(len(parts[0].micro_batches)) for part in parts]
+        count = len(step.micro_batches)
+        assert tuple(dealt[:count]) == step.micro_batches
+        assert dealt[count:] == [()] * (len(dealt) - count)
+        assert len(dealt) - count < replicas
 
 
 @STEADY
@@ -93,52 +111,58 @@ def test_padded_lengths(tokens: int, max_positions: int) -> None:
 
 @STEADY
 @given(st.lists(st.integers(0, 40), min_size=1, max_size=30), BUDGETS, STAGES)
-def test_inputs_and_labels_are_those_of_a_naive_loop(lengths: list[int], budget: int, stages: int) -> None:
+def test_inputs_labels_and_mask_are_those_of_a_naive_loop(lengths: list[int], budget: int, stages: int) -> None:
     documents = made_of(lengths)
     for step in steps_of(lengths, budget, stages):
         for number, micro_batch in enumerate(step.micro_batches):
             inputs, labels = step.inputs(documents, number), step.labels(documents, number)
-            assert inputs.shape == labels.shape == (step.rows, step.length)
-            assert inputs.dtype == labels.dtype == np.int64
+            mask = step.mask(documents, number)
+            assert inputs.shape == labels.shape == mask.shape == (step.rows, step.length)
+            assert inputs.dtype == labels.dtype == mask.dtype == np.int64
             for row in range(step.rows):
                 tokens = documents[micro_batch[row]].tolist() if row < len(micro_batch) else []
                 for at in range(step.length):
+                    assert mask[row, at] == (at < max(len(tokens), 1))  # a row without a token would have no mean
                     assert inputs[row, at] == (tokens[at] if at < len(tokens) else 0)
                     assert labels[row, at] == (tokens[at + 1] if at + 1 < len(tokens) else IGNORED)
 
 
-def cost(groups: list[tuple[int, int]], padded: list[int], budget: int, stages: int) -> int:
+def cost(groups: list[tuple[int, int]], padded: list[int], budget: int, stages: int, replicas: int) -> int:
     """Tokens that the slowest stage's time is proportional to, fill and drain included."""
     total = 0
     for first, last in groups:
-        rows = _rows(last - first, padded[first], budget, stages)
-        total += (-(-(last - first) // rows) + stages - 1) * rows * padded[first]
+        rows = _rows(last - first, padded[first], budget, stages * replicas)
+        micro_batches = len(range(first, last, rows))
+        each = len(range(0, micro_batches, replicas))  # of the pipeline with the most
+        total += (each + stages - 1) * rows * padded[first]
     return total
 
 
 @STEADY
-@given(st.lists(st.integers(0, 400), min_size=1, max_size=150), BUDGETS, STAGES)
-def test_groups_cost_no_more_than_one_or_one_per_length(lengths: list[int], budget: int, stages: int) -> None:
+@given(st.lists(st.integers(0, 400), min_size=1, max_size=150), BUDGETS, STAGES, REPLICAS)
+def test_groups_cost_no_more_than_one_or_one_per_length(
+    lengths: list[int], budget: int, stages: int, replicas: int
+) -> None:
     padded = [pad_length(length, 400) for length in sorted(lengths, reverse=True)]  # at most 50 different ones
-    groups = _groups(padded, budget, stages)
+    groups = _groups(padded, budget, stages, replicas)
     assert [first for first, _ in groups] == [0, *(last for _, last in groups[:-1])]
     assert groups[-1][1] == len(padded)
     changes = [at for at in range(1, len(padded)) if padded[at] != padded[at - 1]]
     per_length = list(pairwise([0, *changes, len(padded)]))
-    chosen = cost(groups, padded, budget, stages)
-    assert chosen <= cost([(0, len(padded))], padded, budget, stages)
-    assert chosen <= cost(per_length, padded, budget, stages)
+    chosen = cost(groups, padded, budget, stages, replicas)
+    assert chosen <= cost([(0, len(padded))], padded, budget, stages, replicas)
+    assert chosen <= cost(per_length, padded, budget, stages, replicas)
 
 
 @STEADY
-@given(st.lists(st.sampled_from([8, 16, 24, 64]), min_size=1, max_size=40), st.integers(1, 300), STAGES)
-def test_groups_are_the_cheapest(lengths: list[int], budget: int, stages: int) -> None:
+@given(st.lists(st.sampled_from([8, 16, 24, 64]), min_size=1, max_size=40), st.integers(1, 300), STAGES, REPLICAS)
+def test_groups_are_the_cheapest(lengths: list[int], budget: int, stages: int, replicas: int) -> None:
     """Against every way to cut between different lengths."""
     padded = sorted(lengths, reverse=True)
     changes = [at for at in range(1, len(padded)) if padded[at] != padded[at - 1]]
     every = [[at for bit, at in enumerate(changes) if chosen >> bit & 1] for chosen in range(2 ** len(changes))]
-    cheapest = min(cost(list(pairwise([0, *cuts, len(padded)])), padded, budget, stages) for cuts in every)
-    assert cost(_groups(padded, budget, stages), padded, budget, stages) == cheapest
+    cheapest = min(cost(list(pairwise([0, *cuts, len(padded)])), padded, budget, stages, replicas) for cuts in every)
+    assert cost(_groups(padded, budget, stages, replicas), padded, budget, stages, replicas) == cheapest
 
 
 def test_many_different_lengths_stay_in_a_bounded_number_of_groups() -> None:
@@ -151,6 +175,11 @@ def test_many_different_lengths_stay_in_a_bounded_number_of_groups() -> None:
 def test_equal_documents_fill_the_pipeline() -> None:
     steps = steps_of([100] * 64, 1000, 4)
     assert [(step.rows, step.length, len(step.micro_batches)) for step in steps] == [(4, 104, 16)]
+
+
+def test_equal_documents_fill_all_replicas() -> None:
+    steps = steps_of([100] * 64, 1000, 4, replicas=2)
+    assert [(step.rows, step.length, len(step.micro_batches)) for step in steps] == [(2, 104, 32)]
 
 
 def test_a_large_job_is_cut_into_steps_of_one_shape() -> None:

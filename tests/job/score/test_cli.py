@@ -13,37 +13,13 @@ from typing import Any
 import pytest
 
 import lp_plugin
-from lp_plugin import Cluster, ModelProfile, Workload, cli, make_plan, save_plan
+from lp_plugin import Cluster, ModelProfile, Workload, make_plan, save_plan
 from lp_plugin.planfile import load_plan
 
 REFERENCE = Path(__file__).parents[3] / "examples" / "dense16"
 
 Main = Callable[..., tuple[int, str, str]]
 Refused = Callable[..., str]
-
-
-@pytest.fixture
-def main(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Main:
-    """Runs the command; exit code, standard output and standard error."""
-    monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "error")
-    monkeypatch.setenv("TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING", "false")
-    monkeypatch.setenv("COLUMNS", "120")
-
-    def no_ranks(*arguments: object) -> None:
-        pytest.fail(f"ranks were started: {arguments}")
-
-    monkeypatch.setattr("lp_plugin.score.command.launch_local", no_ranks)
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["lp-plugin", *map(str, arguments)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        code = ended.value.code or 0
-        assert isinstance(code, int)
-        return code, *capfd.readouterr()
-
-    return run
 
 
 def squeezed(text: str) -> str:
@@ -227,10 +203,10 @@ def rewrite(model: Path, **changes: Any) -> None:
 
 
 def test_unsupported_architecture_lists_those_that_are(refused: Refused, model: Path) -> None:
-    rewrite(model, model_type="mixtral", architectures=["MixtralForCausalLM"])
+    rewrite(model, model_type="olmoe", architectures=["OlmoeForCausalLM"])
     said = refused()
-    assert "'mixtral' can be planned, but not run" in said
-    assert "gpt2, gpt_neox, llama, mistral, qwen2, qwen3, starcoder2" in said
+    assert "'olmoe' can be planned, but not run" in said
+    assert "mistral, mixtral, olmo2, opt, phi3, qwen2, qwen3, qwen3_moe, starcoder2" in said
 
 
 @pytest.mark.parametrize("stages", [7, 0, -1])
@@ -286,22 +262,22 @@ def test_plan_with_other_stages_precision_or_phase(refused: Refused, plans: Path
     assert "was made for decode" in refused("--plan", plans / "decode.json", stages=None)
 
 
-@pytest.mark.parametrize(
-    ("option", "changes", "shards"),
-    [
-        ("--granularity sublayer", {"granularity": "sublayer"}, 1),
-        ("--weights", {"weight_dtype": "int8"}, 1),
-        ("--tensor-parallel", {}, 2),
-    ],
-)
-def test_plan_that_a_run_can_not_carry_out(
-    refused: Refused, make_model: Callable[..., Path], tmp_path: Path, option: str, changes: Any, shards: int
-) -> None:
-    profile = ModelProfile.from_config(make_model(), **changes).sharded(shards)
-    cluster = Cluster.homogeneous("cpu", 2 * shards).grouped(shards)
-    save_plan(make_plan(profile, cluster, Workload(batch=4, sequence=64)), tmp_path / "plan.json")
+def test_plan_for_stored_weights(refused: Refused, make_model: Callable[..., Path], tmp_path: Path) -> None:
+    profile = ModelProfile.from_config(make_model(), weight_dtype="int8")
+    save_plan(make_plan(profile, Cluster.homogeneous("cpu", 2), Workload(batch=4, sequence=64)), tmp_path / "plan.json")
     said = refused("--plan", tmp_path / "plan.json", stages=None)
-    assert f"was made with {option}, which a run can't carry out" in said
+    assert "was made with --weights, which a run can't carry out" in said
+
+
+def test_processes_that_share_a_stage(refused: Refused, plans: Path) -> None:
+    assert "--tensor-parallel is 0; it must be at least 1" in refused("--tensor-parallel", 0)
+    assert "3" in refused("--tensor-parallel", 3)  # of 4 heads
+    said = refused("--plan", plans / "own.json", "--tensor-parallel", 2, stages=None)
+    assert "was made for --tensor-parallel 1, but it is 2 here" in said
+
+
+def test_no_replica(refused: Refused) -> None:
+    assert "--data-parallel is 0; it must be at least 1" in refused("--data-parallel", 0)
 
 
 def test_empty_input(refused: Refused, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import math
 import pytest
 
 from lp_plugin import Cluster, ModelProfile, Plan, Workload
+from lp_plugin.job.layout import Layout
 from lp_plugin.report import as_text
 from lp_plugin.schedule import Interval
 from lp_plugin.score.batches import Step
@@ -51,6 +52,7 @@ def rank(wall: tuple[float, ...], forward: tuple[float, ...], alone: float, elap
 def outcome() -> Outcome:
     return Outcome(
         plan=plan_of(1.0, 3.0),
+        layout=Layout(num_stages=2),
         tokens_per_micro_batch=16,
         steps=STEPS,
         ranks=(rank((11.0, 4.0), (3.0, 1.0), 2.0, 20.0), rank((12.0, 3.5), (8.0, 2.0), 2.5, 19.0)),
@@ -87,6 +89,7 @@ def test_rates_and_shares(outcome: Outcome) -> None:
 def test_one_stage_has_no_bubble_in_its_bound() -> None:
     alone = Outcome(
         plan=plan_of(2.0),
+        layout=Layout(num_stages=1),
         tokens_per_micro_batch=16,
         steps=STEPS[:1],
         ranks=(rank((6.0,), (6.0,), 2.0, 6.0),),
@@ -98,6 +101,16 @@ def test_one_stage_has_no_bubble_in_its_bound() -> None:
     )
     assert alone.bound_seconds == alone.predicted_seconds == 6.0
     assert alone.bubble_fraction == 0.0
+
+
+def test_replicas_compute_as_much_each(outcome: Outcome) -> None:
+    """The steps are the first pipeline's; documents and their tokens are everyone's."""
+    double = dataclasses.replace(outcome, layout=Layout(num_stages=2, data_parallel=2))
+    assert double.padded_tokens_per_second == pytest.approx(2 * (3 * 16 + 2 * 8) / 20)
+    assert double.tokens_per_second == outcome.tokens_per_second
+    assert double.predicted_seconds == outcome.predicted_seconds
+    assert double.bubble_fraction == outcome.bubble_fraction
+    assert double.as_json()["data_parallel"] == 2
 
 
 def test_figures_are_json(outcome: Outcome) -> None:

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 from runs import BINARIES, EXAMPLES, MAX_POSITIONS, PNG, Command, Run, assert_scores_are_the_models, finished, jsonl
 
-from lp_plugin.planfile import load_plan
+from lp_plugin import Cluster, ModelProfile, Workload, save_plan
+from lp_plugin.solver.solve import evaluate
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +110,7 @@ def test_report_and_timeline_are_written(two_stages: Run) -> None:
     assert {path.name for path in two_stages.output.parent.iterdir()} == left
 
 
-def test_one_stage_of_text_with_a_given_micro_batch(
+def test_two_pipelines_of_one_stage_with_a_given_micro_batch(
     command: Command, tiny: Path, texts: list[str], tmp_path: Path
 ) -> None:
     """A .txt numbers its lines; an old output is replaced."""
@@ -117,10 +118,12 @@ def test_one_stage_of_text_with_a_given_micro_batch(
     (tmp_path / "documents.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     output, report = tmp_path / "scores.jsonl", tmp_path / "figures.json"
     output.write_text("old", encoding="utf-8")
-    options = ("--stages", 1, "--micro-batch", 3, "--output", output, "--report", report)
+    options = ("--stages", 1, "--data-parallel", 2, "--micro-batch", 3, "--output", output, "--report", report)
     ended = command("run", tiny, "--input", tmp_path / "documents.txt", *options)
     run = finished(ended, tiny, tmp_path / "documents.txt", output, report)
     assert run.report["tokens_per_micro_batch"] == 3 * MAX_POSITIONS
+    assert run.report["data_parallel"] == 2
+    assert run.report["num_scored"] == len(run.records)
     assert [record["id"] for record in run.records] == [at for at, line in enumerate(lines, 1) if line.strip()]
     assert_scores_are_the_models(run)
 
@@ -133,19 +136,32 @@ def test_three_stages_of_a_plan_file(
     environment: dict[str, str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The plan's stages and micro-batch; the host's cores are shared by as many processes as the plan has stages."""
+    """The plan's stages, micro-batch and half blocks; its processes share the host's cores."""
     plan, output, report = (tmp_path / name for name in ("plan.json", "scores.jsonl", "figures.json"))
-    workload = ("--batch", 8, "--sequence", 256, "--micro-batch", 4)
-    assert command("plan", tiny, "--cluster", "cpu:3", *workload, "-o", plan).returncode == 0
+    profile = ModelProfile.from_config(tiny, granularity="sublayer")
+    workload = Workload(batch=8, sequence=256, micro_batch=4)
+    save_plan(evaluate(profile, Cluster.homogeneous("cpu", 3), workload, (0, 2, 5, 9)), plan)
     monkeypatch.delitem(environment, "OMP_NUM_THREADS")
     input_path = jsonl(tmp_path / "documents.jsonl", texts)
     ended = command(
         "run", tiny, "--input", input_path, "--plan", plan, "--output", output, "--report", report, timeout=180
     )
     run = finished(ended, tiny, input_path, output, report)
-    assert run.report["boundaries"] == list(load_plan(plan).boundaries)
+    assert run.report["boundaries"] == [0, 2, 5, 9]
     assert run.report["tokens_per_micro_batch"] == 4 * 256
     assert run.report["threads"] == max(1, (os.cpu_count() or 1) // 3)
+    assert_scores_are_the_models(run)
+
+
+def test_a_plan_whose_stages_are_shared(command: Command, tiny: Path, texts: list[str], tmp_path: Path) -> None:
+    """Two stages of two processes each."""
+    plan, output, report = (tmp_path / name for name in ("plan.json", "scores.jsonl", "figures.json"))
+    options = ("--batch", 8, "--sequence", 256, "--micro-batch", 4, "--tensor-parallel", 2)
+    assert command("plan", tiny, "--cluster", "cpu:4", *options, "-o", plan).returncode == 0
+    input_path = jsonl(tmp_path / "documents.jsonl", texts[:30])
+    ended = command("run", tiny, "--input", input_path, "--plan", plan, "--output", output, "--report", report)
+    run = finished(ended, tiny, input_path, output, report)
+    assert (run.report["tensor_parallel"], run.report["data_parallel"], len(run.report["hosts"])) == (2, 1, 2)
     assert_scores_are_the_models(run)
 
 

@@ -9,8 +9,6 @@ import random
 import re
 import shutil
 import signal
-import subprocess
-import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,20 +16,22 @@ from typing import Any
 
 import pytest
 import torch
+from interrupted import Interrupted, children
 from runs import BINARIES, EXAMPLES, MAX_POSITIONS, Command, finished, jsonl
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lp_plugin.job.documents import read_documents, tokenize
-from lp_plugin.job.journal import Journal, Score
+from lp_plugin.job.journal import Journal
 from lp_plugin.score.job import prepare
 from lp_plugin.score.likelihood import log_likelihoods
+from lp_plugin.score.scores import Score
 
 # --- interruptions -----------------------------------------------------------------------------------------------
 
 
-class Interrupted:
-    """A job that is started again and again; ranks take a few seconds to score it all."""
+class ScoreJob(Interrupted):
+    """A job whose ranks take a few seconds to score it all."""
 
     def __init__(self, model: Path, folder: Path, environment: dict[str, str]) -> None:
         draw = random.Random(1)  # noqa: S311
@@ -39,91 +39,33 @@ class Interrupted:
         texts = [source[at : at + draw.randrange(150, 500)] for at in range(0, 24_000, 20)]
         self.model, self.input = model, jsonl(folder / "documents.jsonl", texts)
         self.count = len(texts)
-        self.output, self.report = folder / "scores.jsonl", folder / "figures.json"
-        self.partial = folder / "scores.jsonl.partial"
-        files = ("--input", self.input, "--output", self.output, "--report", self.report)
+        self.report = folder / "figures.json"
+        output = folder / "scores.jsonl"
+        files = ("--input", self.input, "--output", output, "--report", self.report)
         arguments = (BINARIES / "lp-plugin", "run", model, *files, "--stages", 2, "--micro-batch", 1)
-        self.command = list(map(str, arguments))
-        self.environment = environment
+        super().__init__(list(map(str, arguments)), output, environment)
 
-    def start(self) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            self.command,
-            env=self.environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-
-    def journaled(self) -> list[int]:
+    def indices(self) -> list[int]:
         """Documents that have a score."""
-        if not self.partial.exists():
-            return []
-        lines = self.partial.read_text(encoding="utf-8").split("\n")[1:-1]
-        return [json.loads(line)["index"] for line in lines]
-
-    def wait_for_more(self, process: subprocess.Popen[str]) -> None:
-        """Until another step's scores are on disk."""
-        before = len(self.journaled())
-        deadline = time.monotonic() + 100
-        while len(self.journaled()) <= before:
-            assert process.poll() is None, process.communicate()[1]
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-
-    def end(self, process: subprocess.Popen[str]) -> str:
-        """What it said, once it and its ranks have ended, which must be soon."""
-        ranks = children(process.pid)
-        start = time.monotonic()
-        _, stderr = process.communicate(timeout=15)
-        while any(map(alive, ranks)):
-            assert time.monotonic() - start < 15, "ranks are still running"
-            time.sleep(0.05)
-        return stderr
-
-
-def children(pid: int) -> list[int]:
-    """The ranks' processes, multiprocessing's own helper left out."""
-    listed = Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split()
-    return [int(child) for child in listed if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
-
-
-def alive(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rsplit(")", 1)[1].split()[0]
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-    return state != "Z"
+        return [record["index"] for record in self.journaled()]
 
 
 @pytest.fixture
-def interrupted(tiny: Path, tmp_path: Path, environment: dict[str, str]) -> Iterator[Interrupted]:
-    started: list[subprocess.Popen[str]] = []
-    job = Interrupted(tiny, tmp_path, environment)
-    start = job.start
-
-    def remembered() -> subprocess.Popen[str]:
-        started.append(start())
-        return started[-1]
-
-    job.start = remembered  # type: ignore[method-assign]
+def interrupted(tiny: Path, tmp_path: Path, environment: dict[str, str]) -> Iterator[ScoreJob]:
+    job = ScoreJob(tiny, tmp_path, environment)
     yield job
-    for process in started:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
+    job.stop()
 
 
-def test_interrupted_by_hand_then_by_a_crash_the_job_goes_on(interrupted: Interrupted) -> None:
+def test_interrupted_by_hand_then_by_a_crash_the_job_goes_on(interrupted: ScoreJob) -> None:
     process = interrupted.start()
     interrupted.wait_for_more(process)
     os.killpg(process.pid, signal.SIGINT)  # what Ctrl-C does
     said = interrupted.end(process)
     assert process.returncode == 130
-    assert said.splitlines()[-1].startswith("interrupted; finished documents are kept")
+    assert said.splitlines()[-1].startswith("interrupted; what is finished is kept")
     assert "Traceback" not in said
-    first = interrupted.journaled()
+    first = interrupted.indices()
     assert 0 < len(first) < interrupted.count
     assert not interrupted.output.exists()
 
@@ -138,7 +80,7 @@ def test_interrupted_by_hand_then_by_a_crash_the_job_goes_on(interrupted: Interr
     assert "error: rank 1 was killed by SIGKILL" in said
     assert f"resuming: {len(first)} of {interrupted.count} documents" in said
     assert "Traceback" not in said
-    second = interrupted.journaled()
+    second = interrupted.indices()
     assert second[: len(first)] == first
     assert len(first) < len(second) < interrupted.count
     assert not interrupted.output.exists()
@@ -155,7 +97,7 @@ def test_interrupted_by_hand_then_by_a_crash_the_job_goes_on(interrupted: Interr
     assert_likelihoods_are_close(interrupted, records)
 
 
-def assert_likelihoods_are_close(job: Interrupted, records: list[dict[str, Any]]) -> None:
+def assert_likelihoods_are_close(job: ScoreJob, records: list[dict[str, Any]]) -> None:
     """To those of the whole model; rows are padded otherwise than in an uninterrupted run."""
     documents = tokenize(read_documents(job.input), job.model, MAX_POSITIONS, 264)
     model = AutoModelForCausalLM.from_pretrained(job.model).eval()
@@ -173,7 +115,7 @@ def test_a_crash_before_the_rename_leaves_nothing_to_score(command: Command, tin
     output, report = tmp_path / "scores.jsonl", tmp_path / "figures.json"
     given: dict[str, Any] = {"directory": tiny, "input_path": input_path, "output": output, "num_stages": 1}
     job = prepare(**dict.fromkeys(inspect.signature(prepare).parameters) | given)
-    journal = Journal(output, job.digest, job.documents.ids)
+    journal = Journal(output, job.digest, job.documents.ids, Score)
     journal.append({index: Score(num_tokens=3 - index, log_likelihood=-float(index + 1)) for index in range(2)})
     journal._stream.close()
     ended = command("run", tiny, "--input", input_path, "--stages", 1, "--output", output, "--report", report)
@@ -188,7 +130,7 @@ def test_a_crash_before_the_rename_leaves_nothing_to_score(command: Command, tin
 
 
 def test_a_broken_tensor_is_named_once(command: Command, tiny: Path, tmp_path: Path) -> None:
-    """Only the last rank reads it; the other must not hang, nor complain."""
+    """Before a rank starts."""
     model = tmp_path / "model"
     shutil.copytree(tiny, model)
     tensors = load_file(model / "model.safetensors")
@@ -196,7 +138,7 @@ def test_a_broken_tensor_is_named_once(command: Command, tiny: Path, tmp_path: P
     input_path = jsonl(tmp_path / "documents.jsonl", ["abc"])
     ended = command("run", model, "--input", input_path, "--stages", 2, "--output", tmp_path / "scores.jsonl")
     assert ended.returncode == 2
-    said = [line for line in ended.stderr.splitlines() if "rank" in line]
+    said = ended.stderr.splitlines()
     assert len(said) == 1
     assert re.search(r"lm_head\.weight has shape \(3, 64\), but the config asks for \(264, 64\)", said[0])
     assert "Traceback" not in ended.stderr
