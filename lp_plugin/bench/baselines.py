@@ -10,6 +10,7 @@ for the files ``turn-0``, ``turn-1``, ..., and ends at ``stop``, or if nobody as
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import platform
@@ -109,34 +110,38 @@ def _meet() -> None:
         synchronize()
 
 
-def _ours_compiled(request: Request, devices: int) -> Built:
-    return _ours(request, devices, compiled=True)
-
-
-def _ours(request: Request, devices: int, *, compiled: bool = False) -> Built:
+def _ours(request: Request, devices: int, *, compiled: bool = False, replicas: int = 1) -> Built:
     from lp_plugin.generate.planning import plan_generation  # noqa: PLC0415 - only this contender needs DeepSpeed
     from lp_plugin.hardware import Cluster  # noqa: PLC0415
     from lp_plugin.integrations.deepspeed import generation  # noqa: PLC0415
     from lp_plugin.integrations.deepspeed.engine import build_engine, init_distributed  # noqa: PLC0415
     from lp_plugin.integrations.transformers.pipeline import HFPipelineModule  # noqa: PLC0415
+    from lp_plugin.job.ranks import gather  # noqa: PLC0415
     from lp_plugin.measure.device import detect_device  # noqa: PLC0415
     from lp_plugin.model import ModelProfile  # noqa: PLC0415
 
     init_distributed()
     profile = ModelProfile.from_config(request.directory)
-    cluster = Cluster.homogeneous(detect_device(int(os.environ["LOCAL_RANK"]), devices), devices)
+    stages = devices // replicas
+    cluster = Cluster.homogeneous(detect_device(int(os.environ["LOCAL_RANK"]), devices), stages)
     chosen = plan_generation(
         profile,
         cluster,
-        prompts=request.requests,
+        prompts=-(-request.requests // replicas),
         prompt_tokens=request.prompt_tokens,
         new_tokens=request.new_tokens,
-        num_stages=devices,
+        num_stages=stages,
         compiled=compiled,
     )
     plan = chosen.plan
     module = HFPipelineModule(
-        request.directory, num_stages=devices, workload=plan.workload, plan=plan, cluster=cluster, dtype=profile.dtype
+        request.directory,
+        num_stages=stages,
+        workload=plan.workload,
+        plan=plan,
+        cluster=cluster,
+        dtype=profile.dtype,
+        data_parallel=replicas,
     )
     engine = build_engine(
         module, micro_batch=chosen.micro_batch, num_micro_batches=chosen.num_slots, dtype=profile.dtype
@@ -144,14 +149,18 @@ def _ours(request: Request, devices: int, *, compiled: bool = False) -> Built:
     config = _generation_config(request)
 
     def generate(prompts: Tokens) -> Tokens:
-        return generation.generate(
+        made = generation.generate(
             engine,
-            prompts,
+            prompts[engine.grid.data_parallel_id :: replicas],
             generation_config=config,
             micro_batch=chosen.micro_batch,
             num_slots=chosen.num_slots,
             compiled=compiled,
         )
+        if replicas == 1:
+            return made
+        parts = dict(gather((engine.grid.data_parallel_id, made)))
+        return [parts[index % replicas][index // replicas] for index in range(len(prompts))]
 
     facts = {
         "boundaries": list(plan.boundaries),
@@ -159,8 +168,8 @@ def _ours(request: Request, devices: int, *, compiled: bool = False) -> Built:
         "num_slots": chosen.num_slots,
         "predicted_seconds": chosen.predicted_seconds,
         "predicted_stage_seconds": list(plan.stage_seconds),
-        "predicted_load_bytes": list(chosen.weight_bytes),
-        "predicted_peak_bytes": list(chosen.stage_memory_bytes),
+        "predicted_load_bytes": list(chosen.weight_bytes) * replicas,
+        "predicted_peak_bytes": list(chosen.stage_memory_bytes) * replicas,
     }
     return Built(generate=generate, facts=facts)
 
@@ -263,14 +272,15 @@ def _environment() -> dict[str, Any]:
 
 _BUILDERS: dict[str, Callable[[Request, int], Built]] = {
     "ours": _ours,
-    "ours-compiled": _ours_compiled,
+    "ours-compiled": functools.partial(_ours, compiled=True),
     "native-pp": _native_pp,
     "accelerate": _accelerate,
     "tp": _tp,
     "one-gpu": _one,
     "one-gpu-compiled": _one_compiled,
     "ours-one-gpu": _ours,
-    "ours-one-gpu-compiled": _ours_compiled,
+    "ours-one-gpu-compiled": functools.partial(_ours, compiled=True),
+    "ours-replicas": lambda request, devices: _ours(request, devices, replicas=devices),
 }
 
 if __name__ == "__main__":

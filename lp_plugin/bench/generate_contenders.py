@@ -65,6 +65,7 @@ CONTENDERS = {
             on_one=True,
             needs_gpu="lp_plugin compiles a decode step on GPUs alone",
         ),
+        Contender(name="ours-replicas", what="lp_plugin, {stages} replicas on a device each"),
     )
 }
 """In the order of the turns."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -12,9 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoints import Saved
 from commands import BIN, Start
-from families import BERT, GROUPED, make_model
-from transformers import AutoConfig, AutoModel
+from families import BERT, FAMILIES, GROUPED, make_config, make_model
+from transformers import AutoConfig, AutoModel, PretrainedConfig
 
 
 @pytest.fixture(scope="session")
@@ -89,3 +91,23 @@ def own_process() -> Iterator[None]:
         comm.comm.cdb = None  # else DeepSpeed would not start again
     os.environ.clear()
     os.environ.update(before)
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    """Family -> directory and model with 3 blocks."""
+    folder = tmp_path_factory.mktemp("three blocks")
+    made = {}
+    for family in FAMILIES:
+        model = make_model(make_config(family, 3))
+        model.save_pretrained(folder / family)
+        made[family] = (folder / family, model)
+    return made
+
+
+@pytest.fixture
+def single(saved: Saved, tmp_path: Path) -> tuple[Path, PretrainedConfig]:
+    """A llama directory to spoil, and its configuration."""
+    directory, model = saved["llama"]
+    shutil.copytree(directory, tmp_path / "llama")
+    return tmp_path / "llama", model.config

@@ -35,7 +35,8 @@ def figures(make_model: Make, command: Command, tmp_path_factory: pytest.TempPat
     output = tmp_path_factory.mktemp("bench") / "figures.json"
     counts = ("--stages", 2, "--requests", 5, "--prompt-tokens", 7, "--new-tokens", 9, "--repeats", 2)
     process = command(
-        *("bench", "generate", model, *counts, "--baselines", "tp,accelerate,one-gpu", "-o", output), timeout=300
+        *("bench", "generate", model, *counts, "--baselines", "tp,accelerate,one-gpu,ours-replicas", "-o", output),
+        timeout=300,
     )
     assert process.returncode == 0, process.stderr[-3000:]
     return json.loads(output.read_text(encoding="utf-8")) | {"stdout": process.stdout, "directory": model}
@@ -47,7 +48,7 @@ def row(figures: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def test_turns_go_round_and_back_among_those_that_run(figures: dict[str, Any]) -> None:
-    assert figures["turns"] == ["ours", "one-gpu", "one-gpu", "ours"]
+    assert figures["turns"] == ["ours", "one-gpu", "ours-replicas", "ours-replicas", "one-gpu", "ours"]
     for name in ("ours", "one-gpu"):
         ran = row(figures, name)
         assert ran["reason"] is None
@@ -60,7 +61,12 @@ def test_turns_go_round_and_back_among_those_that_run(figures: dict[str, Any]) -
 
 
 def test_ours_makes_the_whole_models_tokens_to_the_last(figures: dict[str, Any]) -> None:
-    assert [row(figures, "ours")[share] for share in ("equal_tokens", "equal_first_tokens", "equal_rows")] == [1, 1, 1]
+    for name in ("ours", "ours-replicas"):
+        assert [row(figures, name)[share] for share in ("equal_tokens", "equal_first_tokens", "equal_rows")] == [
+            1,
+            1,
+            1,
+        ]
 
 
 def test_a_contender_that_fails_says_why(figures: dict[str, Any]) -> None:
@@ -156,9 +162,9 @@ def test_the_table_shows_the_fastest_first_and_reasons_last() -> None:
 def test_contenders_are_chosen_by_name(tmp_path: Path) -> None:
     assert [each.name for each in chosen_contenders("all")] == list(CONTENDERS)
     assert [each.name for each in chosen_contenders("tp, native-pp")] == ["ours", "native-pp", "tp"]
-    with pytest.raises(WorkloadError, match="'vllm' is unknown; write all, or some of ours, native-pp"):
+    with pytest.raises(WorkloadError, match="'vllm' is unknown; write all, or some of ours, ours-compiled, native-pp"):
         chosen_contenders("tp,vllm")
-    assert [each.devices(4) for each in CONTENDERS.values()] == [4, 4, 4, 4, 1, 1, 1]
+    assert [each.devices(4) for each in CONTENDERS.values()] == [4, 4, 4, 4, 4, 1, 1, 1, 1, 4]
     REQUEST.save(tmp_path / "request.json")
     assert Request.load(tmp_path / "request.json") == REQUEST
     assert dataclasses.replace(REQUEST, stages=3) != REQUEST
