@@ -277,10 +277,23 @@ def _layers(plan: Plan, first: int, last: int) -> str:
 def _compressed(names: Sequence[str]) -> str:
     """Names in order, neighbours that differ only in their number joined: ``embedding, block 0-3``."""
     parts = []
+    names = _halves_joined(names)
     for first, last in _equal_neighbours([_kind(name) for name in names]):
         end = f"-{names[last].rsplit(' ', 1)[-1]}" if last > first else ""
         parts.append(names[first] + end)
     return ", ".join(parts)
+
+
+def _halves_joined(names: Sequence[str]) -> list[str]:
+    """Both halves of a block as one: ``block 0 attention, block 0 mlp`` become ``block 0``."""
+    joined: list[str] = []
+    for name in names:
+        block, _, half = name.rpartition(" ")
+        if half == "mlp" and joined and joined[-1] == f"{block} attention":
+            joined[-1] = block
+        else:
+            joined.append(name)
+    return joined
 
 
 def _kind(name: str) -> str:

@@ -36,6 +36,16 @@ def test_the_layer_table_of_the_reference(reference: Plan) -> None:
     assert names == ["embedding", "block", "norm", "head"]
 
 
+def test_halves_that_share_a_stage_are_named_as_their_block() -> None:
+    profile = ModelProfile.from_config(DENSE16, granularity="sublayer")
+    cluster, workload = Cluster.homogeneous("h100-sxm", 3), Workload(batch=8, sequence=100)
+    text = as_text(stage_table(evaluate(profile, cluster, dataclasses.replace(workload, micro_batch=1), (0, 4, 6, 35))))
+    first, middle, last = (line for line in text.splitlines() if "block" in line)
+    assert "  embedding, block 0, block 1 attention  " in first
+    assert "  block 1 mlp, block 2 attention  " in middle
+    assert "  block 2 mlp, block 3-15, norm, head  " in last
+
+
 def test_the_stage_table_of_the_reference(reference: Plan) -> None:
     text = as_text(stage_table(reference))
     assert "KV cache" not in text  # nothing to say in prefill

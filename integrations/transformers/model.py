@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import gc
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Sized
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeAlias
@@ -16,8 +16,11 @@ from deepspeed import comm as dist
 from transformers import GenerationConfig
 
 from lp_plugin.errors import DocumentError, RuntimeEnvironmentError, UnsupportedModelError, WorkloadError
+from lp_plugin.generate.growing_text import GrowingText
 from lp_plugin.generate.planning import plan_generation
-from lp_plugin.integrations.deepspeed.generation.generate import check_prompts
+from lp_plugin.hardware.device import is_whole
+from lp_plugin.integrations.deepspeed.generation.generate import check_prompts, check_seed, release
+from lp_plugin.integrations.deepspeed.generation.sampling import complete_config, make_sampling
 from lp_plugin.integrations.transformers.embed import mean_of_tokens, without_head
 from lp_plugin.integrations.transformers.pipeline import HFPipelineModule
 from lp_plugin.integrations.transformers.runnable import ENCODERS
@@ -34,9 +37,6 @@ __all__ = ["PipelinedModel"]
 Tokens: TypeAlias = Sequence[int]
 OnTokens: TypeAlias = Callable[[int, list[int]], None]
 OnText: TypeAlias = Callable[[int, str], None]
-
-_UNFINISHED = "\N{REPLACEMENT CHARACTER}"
-"""What a decoder makes of a character whose last bytes have yet to come."""
 
 
 class PipelinedModel:
@@ -60,6 +60,7 @@ class PipelinedModel:
     @property
     def plan(self) -> Plan:
         """Which layers are on which stage."""
+        self._check_open()
         return self._module.lp_plan
 
     def score(self, texts: Sequence[str]) -> list[float]:
@@ -130,6 +131,7 @@ class PipelinedModel:
         config = _generation_config(max_new_tokens, options)
         texts = _are_texts(prompts)
         tokens = self._prompt_tokens(prompts, texts=texts)
+        self._check_generation(tokens, config, seed)
         streams = [on_tokens] if on_tokens else []
         pieces = _Pieces(self._text, on_text) if on_text else None
         made = self._generated(tokens, config, seed, [*streams, *([pieces.tokens] if pieces else [])], pieces)
@@ -215,6 +217,7 @@ class PipelinedModel:
         width: int | None = None,
     ) -> torch.Tensor:
         """What ``loss_fn`` makes of the last stage's output for each document, float64; see `StepRunner.run`."""
+        release(self._engine)
         grid, workload = self._engine.grid, self._module.lp_workload
         self._module.loss_fn = loss_fn
         steps = make_steps(
@@ -238,6 +241,14 @@ class PipelinedModel:
         documents = self._tokenized(prompts)
         return [documents[index].tolist() for index in range(len(documents))]
 
+    def _check_generation(self, prompts: list[list[int]], config: GenerationConfig, seed: int) -> None:
+        """Refuses, in every process, what any replica's engine would; a replica may have other prompts, or none."""
+        module = self._module
+        check_seed(seed)
+        check_prompts(prompts, range(len(prompts)), config.max_new_tokens, module.hf_config)
+        make_sampling(complete_config(config, module.directory, module.hf_config), module.stage.model, module.device)
+        module.stage.new_cache(1, max(map(len, prompts)) + config.max_new_tokens)
+
     def _generated(
         self,
         prompts: list[list[int]],
@@ -249,7 +260,6 @@ class PipelinedModel:
         """New tokens of each prompt; each replica makes those of every ``data_parallel``-th."""
         module, grid = self._module, self._engine.grid
         replicas = grid.data_parallel_size
-        check_prompts(prompts, range(len(prompts)), config.max_new_tokens, module.hf_config)
         planned = plan_generation(
             module.lp_profile,
             module.lp_cluster,
@@ -301,29 +311,26 @@ def _part() -> None:
 
 
 class _Pieces:
-    """Turns new tokens into new text, held back while a character is incomplete."""
+    """Turns new tokens into new text."""
 
     def __init__(self, decode: Callable[[Sequence[int]], str], on_text: OnText) -> None:
         self._decode, self._on_text = decode, on_text
-        self._tokens: dict[int, list[int]] = {}
-        self._shown: dict[int, int] = {}  # characters
+        self._texts: dict[int, GrowingText] = {}
 
     def tokens(self, index: int, token_ids: list[int]) -> None:
         """Takes new tokens of a prompt."""
-        every = self._tokens.setdefault(index, [])
-        every += token_ids
-        text = self._decode(every)
-        if not text.endswith(_UNFINISHED):
-            self._show(index, text)
+        text = self._texts.setdefault(index, GrowingText(self._decode))
+        text.add(token_ids)
+        self._show(index, text)
 
     def finished(self, index: int, token_ids: list[int]) -> None:
         """Shows the rest of a prompt that has ended."""
-        self._show(index, self._decode(token_ids))
+        text = self._texts.pop(index)
+        text.end(token_ids)
+        self._show(index, text)
 
-    def _show(self, index: int, text: str) -> None:
-        piece = text[self._shown.get(index, 0) :]
-        self._shown[index] = len(text)
-        if piece:
+    def _show(self, index: int, text: GrowingText) -> None:
+        if piece := text.piece():
             self._on_text(index, piece)
 
 
@@ -333,8 +340,8 @@ def _generation_config(max_new_tokens: int, options: dict[str, Any]) -> Generati
     unknown = sorted(options.keys() - known.keys() - vars(GenerationConfig()).keys())
     if unknown:
         raise WorkloadError(f"{', '.join(unknown)}: no such option of transformers' GenerationConfig; check its name.")
-    if max_new_tokens < 1:
-        raise WorkloadError(f"max_new_tokens is {max_new_tokens}; it must be at least 1.")
+    if not is_whole(max_new_tokens, sys.maxsize):
+        raise WorkloadError(f"max_new_tokens is {max_new_tokens!r}; it must be a whole number of at least 1.")
     try:
         return GenerationConfig(max_new_tokens=max_new_tokens, **options)
     except (ValueError, TypeError) as error:
@@ -343,7 +350,7 @@ def _generation_config(max_new_tokens: int, options: dict[str, Any]) -> Generati
 
 def _are_texts(prompts: Sequence[Any]) -> bool:
     """Whether these are texts; else they are token ids."""
-    if not isinstance(prompts, (str, bytes)) and len(prompts):
+    if isinstance(prompts, Sized) and not isinstance(prompts, (str, bytes)) and len(prompts):
         if all(isinstance(prompt, str) for prompt in prompts):
             return True
         if all(isinstance(prompt, Iterable) and not isinstance(prompt, (str, bytes)) for prompt in prompts):

@@ -218,5 +218,5 @@ def _check_world(num_stages: int, tensor_parallel: int, data_parallel: int) -> N
     if world != needed:
         raise WorldSizeError(
             f"{world} processes for {num_stages} stages of {tensor_parallel} ranks in {data_parallel} replicas: "
-            f"that takes {needed}; start as many, or change these numbers."
+            f"that takes {needed}; start as many (torchrun --nproc-per-node {needed}), or change these numbers."
         )

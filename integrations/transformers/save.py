@@ -66,7 +66,7 @@ def save_model(
         RuntimeEnvironmentError: If a process can't write; names it. All processes raise.
     """
     target = Path(directory)
-    if target.is_file() or (target.is_dir() and any(target.iterdir())):
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise InvalidInputError(f"{target} is there already; save to a directory that is new or empty.")
     unfinished = target.with_name(f".{target.name}.unfinished")
     leads = part == tensor_rank == replica == 0
@@ -90,9 +90,14 @@ def save_model(
                 target.rmdir()
             unfinished.rename(target)
 
-    _together("prepare the directory", prepare)
-    written = _together("write weights", write)
-    _together("finish the directory", finish)
+    try:
+        _together("prepare the directory", prepare)
+        written = _together("write weights", write)
+        _together("finish the directory", finish)
+    except RuntimeEnvironmentError:
+        if leads:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        raise
 
 
 def _file_name(part: int, num_parts: int) -> str:
@@ -107,7 +112,9 @@ def _tensors(stage: DecoderStage) -> dict[str, torch.Tensor]:
             continue
         whole = whole_tensor(tensor, stage.cuts[name]) if name in stage.cuts else tensor
         found[stage.checkpoint_name(name)] = whole.cpu()
-    return {name: _alone(tensor) for name, tensor in revert_weight_conversion(stage.model, found).items()}
+    prefix = "" if stage.with_head else f"{stage.decoder_name}."
+    reverted = revert_weight_conversion(stage.model, found).items()
+    return {name.removeprefix(prefix): _alone(tensor) for name, tensor in reverted}
 
 
 def _alone(tensor: torch.Tensor) -> torch.Tensor:
@@ -128,7 +135,7 @@ def _write_rest(stage: DecoderStage, folder: Path, source: Path, written: _Writt
         (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
     config = copy.deepcopy(stage.config)
     config.dtype = next(stage.parameters()).dtype
-    config.architectures = [type(stage.model).__name__]
+    config.architectures = [type(stage.model if stage.with_head else stage.model.base_model).__name__]
     config.save_pretrained(folder)
     for file in {file for pattern in _COPIED for file in source.glob(pattern) if file.is_file()}:
         shutil.copy2(file, folder / file.name)

@@ -22,7 +22,7 @@ from torch.nn import functional
 from lp_plugin.errors import UnsupportedModelError, WorkloadError
 from lp_plugin.integrations.transformers.decoder import DecoderStage
 
-__all__ = ["Cut", "shard_stage", "whole_tensor"]
+__all__ = ["Cut", "check_shardable", "shard_stage", "whole_tensor"]
 
 _GATHERED = ("colwise_gather_output", "colwise_rep")
 _COLUMNS = ("colwise", *_GATHERED)
@@ -81,15 +81,31 @@ def shard_stage(stage: DecoderStage, mesh: DeviceMesh) -> None:
         UnsupportedModelError: If transformers has no plan for the family, or a plan with a style we don't know.
         WorkloadError: If heads or widths can't be shared out among the ranks.
     """
-    if mesh["tp"].size() == 1:
-        return
+    if mesh["tp"].size() > 1:
+        _shard(stage, _Ranks(mesh["tp"].get_group(), mesh["tp"].get_local_rank(), mesh["tp"].size()))
+
+
+def check_shardable(stage: DecoderStage, number: int) -> None:
+    """What `shard_stage` would refuse, found out in one process; the stage is of no use afterwards.
+
+    Args:
+        stage: On the meta device.
+        number: Ranks that are to share it.
+
+    Raises:
+        UnsupportedModelError, WorkloadError: As `shard_stage`.
+    """
+    if number > 1:
+        _shard(stage, _Ranks(None, 0, number))
+
+
+def _shard(stage: DecoderStage, ranks: _Ranks) -> None:
     model, plan = stage.model, dict(stage.model.tp_plan or {})
     if not plan:
         raise UnsupportedModelError(
             f"transformers has no tensor-parallel plan for model_type {stage.config.model_type!r}; "
             "run it with --tensor-parallel 1 and more stages."
         )
-    ranks = _Ranks(mesh["tp"].get_group(), mesh["tp"].get_local_rank(), mesh["tp"].size())
     _check_heads(stage, plan, ranks.number)
     if stage.has_embedding:
         table, name = model.get_input_embeddings(), f"{stage.decoder_name}.{stage.embedding_name}"

@@ -167,11 +167,11 @@ def compare_generation(
         "stages": stages,
         "cores": os.cpu_count(),
     } | found
-    console.print(rows_table(figures["rows"]))
-    console.print("\n".join(prediction_lines(figures["rows"])), highlight=False, markup=False)
     if output is not None:
         write_atomically(output, json.dumps(figures, indent=2) + "\n")
         console.print(f"figures written to {output}")
+    console.print(rows_table(figures["rows"]))
+    console.print("\n".join(prediction_lines(figures["rows"])), highlight=False, markup=False)
     ours = next(row for row in figures["rows"] if row["name"] == "ours")
     if ours["reason"] is not None:
         raise RuntimeEnvironmentError(f"lp_plugin itself did not run to the end: {ours['reason']}")

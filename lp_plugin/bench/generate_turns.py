@@ -89,12 +89,12 @@ class Running:
         (self._folder / "stop").touch()
 
     def stopped(self) -> list[dict[str, list[int]]]:
-        """Waits for the end; what each rank counted of its memory, empty for those that did not end by themselves."""
+        """Waits for the end; what each rank counted of its memory, empty unless all have ended by themselves."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(_STOP_SECONDS)
         self.kill()
         names = [f"memory-{rank}.json" for rank in range(self._ranks)]
-        return [self._read(name) for name in names if (self._folder / name).exists()]
+        return [self._read(name) for name in names] if all((self._folder / name).exists() for name in names) else []
 
     def kill(self) -> None:
         """Ends the processes that have not ended; a launcher ends its own."""

@@ -37,7 +37,10 @@ def bench_generate(
     repeats: Annotated[int, typer.Option(min=1, help="Turns of each contender.")] = 5,
     baselines: Annotated[
         str,
-        typer.Option(help="all, or with commas: native-pp, accelerate, tp, one-gpu, one-gpu-compiled, ours-one-gpu."),
+        typer.Option(
+            help="all, or with commas: ours-compiled, native-pp, accelerate, tp, one-gpu, one-gpu-compiled, "
+            "ours-one-gpu, ours-one-gpu-compiled, ours-replicas."
+        ),
     ] = "all",
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Write the figures as JSON.")] = None,
 ) -> None:

@@ -1,4 +1,4 @@
-"""Commands that start processes or need a framework: ``run``, ``generate``, ``launch``, ``bench``."""
+"""Commands that start processes or need a framework: ``run``, ``generate``, ``launch``."""
 
 from __future__ import annotations
 

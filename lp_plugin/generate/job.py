@@ -116,7 +116,12 @@ def prepare(
     )
     prompts = tokenize(read, directory, None, architecture.vocab_size)
     _check_lengths(prompts, max_new_tokens, architecture.max_positions)
-    check_buildable(directory, profile.dtype, halves=plan is not None and plan.granularity == "sublayer")
+    check_buildable(
+        directory,
+        profile.dtype,
+        halves=plan is not None and plan.granularity == "sublayer",
+        tensor_parallel=layout.tensor_parallel,
+    )
     identity = "|".join([model, prompts.digest, settings_key(settings, seed)])
     return GenerateJob(
         directory=Path(directory),

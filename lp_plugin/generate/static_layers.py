@@ -11,12 +11,12 @@ from lp_plugin.model.halves import attention_half
 
 __all__ = ["last_logits", "on_static_caches", "replayed", "workspace_bytes"]
 
-_REPLAYED_SECONDS = 135e-6
-"""Least seconds of a block whose kernels are replayed from a CUDA graph: some 50, each of 1 to 20 us however small its
-tensors. Measured on an H200: 1.49 ms for 8 llama blocks of hidden size 2048, 32 rows, torch 2.11 (docs/results); the
-catalogue's figures are for eager launches."""
-_COMPILED_SECONDS = 100e-6
-"""The same after ``torch.compile`` has fused what stands between the matrices; measured there: 0.83 ms."""
+_REPLAYED_SECONDS = 140e-6
+"""Least seconds of a block whose kernels are replayed from a CUDA graph: some 20, each of 2 to 20 us however small its
+tensors. From docs/results: about 1.15 ms a turn of 8 llama blocks of hidden size 2048, 32 rows, on an H200 with torch
+2.11; the catalogue's figures are for eager launches."""
+_COMPILED_SECONDS = 115e-6
+"""The same after ``torch.compile`` has fused what stands between the matrices; there about 0.93 ms."""
 _WORKSPACE_BYTES = 2 * 32 * 2**20
 """What cuBLAS keeps on a GPU: 32 MiB (torch's default on compute capability 9.0) for each of two streams, those of
 prefill and of capturing graphs."""

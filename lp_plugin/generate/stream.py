@@ -3,24 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 from rich.console import Console
 from rich.text import Text
 
+from lp_plugin.generate.growing_text import GrowingText
 from lp_plugin.job.documents import TokenizedDocuments
 
 __all__ = ["Stream"]
-
-_UNFINISHED = "\N{REPLACEMENT CHARACTER}"
-"""What a decoder makes of a character whose last bytes have yet to come."""
-
-
-@dataclass(kw_only=True)
-class _Prompt:
-    tokens: list[int] = field(default_factory=list)
-    shown: int = 0  # characters
-    ended: bool = False
 
 
 class Stream:
@@ -37,14 +27,16 @@ class Stream:
 
     def __init__(self, page: Console, decode: Callable[[list[int]], str], prompts: TokenizedDocuments) -> None:
         self._page, self._decode, self._prompts = page, decode, prompts
-        self._begun: dict[int, _Prompt] = {}
+        self._begun: dict[int, GrowingText] = {}
         self._current: int | None = None
 
     def show(self, index: int, token_ids: list[int], *, ended: bool) -> None:
         """Takes new tokens of a prompt, or all of its tokens once it has ended."""
-        prompt = self._begun.setdefault(index, _Prompt())
-        prompt.ended = ended
-        prompt.tokens = token_ids if ended else prompt.tokens + token_ids
+        text = self._begun.setdefault(index, GrowingText(self._decode))
+        if ended:
+            text.end(token_ids)
+        else:
+            text.add(token_ids)
         if self._current is None:
             self._head(index)
         if index == self._current:
@@ -59,12 +51,9 @@ class Stream:
     def _follow(self) -> None:
         """Prints what is new of the current prompt; goes on with those that wait once it has ended."""
         while self._current is not None:
-            prompt = self._begun[self._current]
-            text = self._decode(prompt.tokens)
-            if prompt.ended or not text.endswith(_UNFINISHED):
-                self._page.print(Text(text[prompt.shown :]), end="", soft_wrap=True)
-                prompt.shown = len(text)
-            if not prompt.ended:
+            text = self._begun[self._current]
+            self._page.print(Text(text.piece()), end="", soft_wrap=True)
+            if not text.ended:
                 self._page.file.flush()
                 return
             self._page.print("\n")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from lp_plugin.errors import (
     DocumentError,
+    HardwareError,
     LpPluginError,
     ModelConfigError,
     PlanFileError,
@@ -134,7 +135,13 @@ def checked_cluster(spec: str | None, layout: Layout) -> Cluster | None:
     """
     if spec is None:
         return None
-    return Cluster.parse(spec).subset(layout.num_stages * layout.tensor_parallel).grouped(layout.tensor_parallel)
+    cluster, needed = Cluster.parse(spec), layout.num_stages * layout.tensor_parallel
+    if len(cluster.devices) < needed:
+        raise HardwareError(
+            f"--cluster {spec} names {len(cluster.devices)} of the {needed} devices that one pipeline takes "
+            f"({layout.num_stages} stages x {layout.tensor_parallel} tensor-parallel); name more, or lower --stages."
+        )
+    return cluster.subset(needed).grouped(layout.tensor_parallel)
 
 
 def check_at_least_one(option: str, value: int | None) -> None:
@@ -147,7 +154,9 @@ def check_at_least_one(option: str, value: int | None) -> None:
         raise WorkloadError(f"{option} is {value}; it must be at least 1.")
 
 
-def check_buildable(directory: str | Path, dtype: str, *, halves: bool = False, head: bool = True) -> None:
+def check_buildable(
+    directory: str | Path, dtype: str, *, halves: bool = False, head: bool = True, tensor_parallel: int = 1
+) -> None:
     """Lets transformers build one block without memory, and compares the weights' names and shapes with the model.
 
     What is wrong with these, the ranks need not find out.
@@ -157,23 +166,27 @@ def check_buildable(directory: str | Path, dtype: str, *, halves: bool = False, 
         dtype: Precision that the job runs in.
         halves: Whether blocks are cut between attention and MLP.
         head: Whether the model is to have its head.
+        tensor_parallel: Processes that are to share each stage.
 
     Raises:
         RuntimeEnvironmentError: If this machine can't run the precision.
         ModelConfigError: If transformers can't build the model.
+        UnsupportedModelError: If its layers can't be shared by several processes.
+        WorkloadError: If they can't be by so many.
         WeightsError: If the weights don't fill it.
     """
     import torch  # noqa: PLC0415 - seconds to import
     from transformers import AutoConfig  # noqa: PLC0415
 
     from lp_plugin.integrations.transformers.decoder import DecoderStage  # noqa: PLC0415
+    from lp_plugin.integrations.transformers.tensor_parallel import check_shardable  # noqa: PLC0415
     from lp_plugin.integrations.transformers.weights import check_checkpoint  # noqa: PLC0415
 
     if dtype == "float16" and not torch.cuda.device_count():
         raise RuntimeEnvironmentError("float16 needs a GPU: CPUs compute it too slowly to use; add --dtype float32.")
     try:
         config = AutoConfig.from_pretrained(str(directory), local_files_only=True)
-        DecoderStage(config, 0, 2, halves=halves)
+        check_shardable(DecoderStage(config, 0, 2, halves=halves), tensor_parallel)
     except LpPluginError:
         raise
     except Exception as error:  # noqa: BLE001 - a value that a config class or a layer can't use raises anything
@@ -184,7 +197,7 @@ def check_buildable(directory: str | Path, dtype: str, *, halves: bool = False, 
 
 
 def check_writable(input_path: str | Path, output: str | Path, *others: str | Path | None) -> None:
-    """Refuses files that could not be written when the work is done.
+    """Refuses files that could not be written when the work is done, or would replace the input or one another.
 
     Raises:
         DocumentError: Naming the file.
@@ -194,8 +207,14 @@ def check_writable(input_path: str | Path, output: str | Path, *others: str | Pa
             raise DocumentError(f"{path} can't be written: folder {Path(path).parent} does not exist.")
         if path is not None and Path(path).is_dir():
             raise DocumentError(f"{path} can't be written: it is a folder; give the name of a file.")
-    if Path(output).resolve() == Path(input_path).resolve():
-        raise DocumentError(f"--output {output} would replace the input; give another name.")
+    taken = {Path(input_path).resolve(): "the input"}
+    for path in (output, *others):
+        if path is None:
+            continue
+        place = Path(path).resolve()
+        if place in taken:
+            raise DocumentError(f"{path} would replace {taken[place]}; give another name.")
+        taken[place] = "another file of this command"
 
 
 def model_fingerprint(directory: str | Path, dtype: str) -> str:

@@ -68,7 +68,8 @@ def read_documents(path: str | Path) -> list[Document]:
     file = Path(path)
     parse = {".jsonl": _parse_jsonl, ".txt": _parse_text}.get(file.suffix)
     if parse is None:
-        raise DocumentError(f"{file}: input files end in .jsonl or .txt, not {file.suffix or 'nothing'!r}.")
+        ending = repr(file.suffix) if file.suffix else "in nothing"
+        raise DocumentError(f"{file}: input files end in .jsonl or .txt, not {ending}.")
     try:
         lines = file.read_bytes().decode("utf-8-sig").split("\n")
     except FileNotFoundError:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from lp_plugin.errors import DocumentError, ModelConfigError
+from lp_plugin.errors import DocumentError
 from lp_plugin.hardware import Cluster
 from lp_plugin.job.checks import (
     check_at_least_one,
@@ -43,7 +44,7 @@ class ScoreJob:
     micro_batch: int | None
     """Documents of the longest length per micro-batch; None leaves it to the plan or planner."""
     max_positions: int
-    """Longest row."""
+    """Longest row; without a limit the largest number."""
     output: Path
     """Where the scores go."""
     cluster: Cluster | None
@@ -74,8 +75,6 @@ def prepare(
     """
     profile = ModelProfile.from_config(directory, dtype=dtype)
     architecture = checked_architecture(directory, profile)
-    if architecture.max_positions is None:
-        raise ModelConfigError(f"{directory} has no limit to the length of a row; documents can't be cut to it.")
     plan = checked_plan(plan_path, directory, dtype=profile.dtype, tensor_parallel=tensor_parallel, phase="prefill")
     layout = checked_layout(
         plan, profile, num_stages=num_stages, tensor_parallel=tensor_parallel, data_parallel=data_parallel
@@ -87,7 +86,12 @@ def prepare(
     read = read_documents(input_path)
     model = model_fingerprint(directory, profile.dtype)
     documents = tokenize(read, directory, architecture.max_positions, architecture.vocab_size)
-    check_buildable(directory, profile.dtype, halves=plan is not None and plan.granularity == "sublayer")
+    check_buildable(
+        directory,
+        profile.dtype,
+        halves=plan is not None and plan.granularity == "sublayer",
+        tensor_parallel=layout.tensor_parallel,
+    )
     return ScoreJob(
         directory=Path(directory),
         dtype=profile.dtype,
@@ -95,7 +99,7 @@ def prepare(
         documents=documents,
         plan=plan,
         micro_batch=micro_batch,
-        max_positions=architecture.max_positions,
+        max_positions=architecture.max_positions or sys.maxsize,
         output=Path(output),
         cluster=checked_cluster(cluster, layout),
         digest=hashlib.sha256(f"{model}|{documents.digest}".encode()).hexdigest(),

@@ -75,8 +75,15 @@ def cases(models: Path, results: Path) -> dict[str, Callable[[], Result]]:
         "other number of stages": lambda: decoder(llama, num_stages=3),
         "not a divisor": lambda: decoder(llama, tensor_parallel=3),
         "heads that can't be shared": lambda: decoder(llama, tensor_parallel=4),
+        "an option, no prompt for most": lambda: one_prompt(llama, temperature=-1.0),
         "no plan of transformers": lambda: encoder(bert, tensor_parallel=2),
     }
+
+
+def one_prompt(model: Path, **options: Any) -> Result:
+    """Less than a prompt for each replica, and an option that transformers refuses."""
+    with load(model, data_parallel=4) as loaded:
+        return {"made": loaded.generate([[1]], max_new_tokens=1, do_sample=True, **options)}
 
 
 def attempt(case: Callable[[], Result]) -> Result:

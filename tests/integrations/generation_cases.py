@@ -155,6 +155,15 @@ def heard(engine: Any) -> dict[str, Any]:
     return {"made": made, "streamed": sorted(streamed.items()), "finished": sorted(finished.items())}
 
 
+def broken(models: Path, world: int) -> str:
+    """What a model says whose weights are not numbers."""
+    profile = ModelProfile.from_config(models / "llama")
+    engine = make_engine(models / "llama", profile, cuts(profile.num_layers, world)[0])
+    if engine.is_last_stage():
+        engine.module.stage.model.get_output_embeddings().weight.data.fill_(float("nan"))
+    return error(engine, make_prompts(), {"eos_token_id": []})
+
+
 def error(engine: Any, prompts: list[list[int]], options: dict[str, Any]) -> str:
     try:
         engine.generate(prompts, generation_config=make_options(**options), micro_batch=ROWS, num_slots=SLOTS)
@@ -170,6 +179,7 @@ def main(models: Path, results: Path) -> None:
     entries, seen = llama_cases(models, world)
     for family in MODELS:
         entries += family_cases(models, family, world)
+    seen["broken"] = broken(models, world)
     (results / f"{rank}.json").write_text(json.dumps(seen), encoding="utf-8")
     if rank == world - 1:
         (results / "generated.json").write_text(json.dumps(entries), encoding="utf-8")

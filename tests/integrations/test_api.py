@@ -125,6 +125,8 @@ def assert_same_tensors(directory: Path, model: Any) -> None:
         (lambda model: model.generate([[999]], max_new_tokens=1), WorkloadError, "tokens from 999 to 999"),
         (lambda model: model.generate([[1]], max_new_tokens=1, top_q=3), WorkloadError, "top_q: no such option"),
         (lambda model: model.generate([[1]], max_new_tokens=1, num_beams=4), WorkloadError, "num_beams"),
+        (lambda model: model.generate([[1]], max_new_tokens=1, seed=1.5), WorkloadError, "seed is 1.5"),
+        (lambda model: model.generate([[1]], max_new_tokens=1, seed=-1), WorkloadError, "seed is -1"),
     ],
 )
 def test_bad_input_is_refused(loaded: PipelinedModel, call: Any, error: type[Exception], said: str) -> None:
@@ -291,6 +293,7 @@ def test_encoder_in_four_processes(four: tuple[list[Any], Path], expected: dict[
         ("other number of stages", "WorldSizeError", "4 processes for 3 stages"),
         ("not a divisor", "WorldSizeError", "start a multiple of 3"),
         ("heads that can't be shared", "WorkloadError", "heads"),
+        ("an option, no prompt for most", "WorkloadError", "`temperature` (=-1.0)"),
         ("no plan of transformers", "UnsupportedModelError", "bert"),
     ],
 )

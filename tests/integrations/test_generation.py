@@ -131,5 +131,10 @@ def test_bad_calls_are_refused_on_every_rank(ran: Ran, name: str, message: str) 
     assert len(ran[1][0]["errors"]) == len(REFUSED)
 
 
+def test_logits_that_are_not_numbers_are_told_on_every_rank(ran: Ran) -> None:
+    for rank in ran[1]:
+        assert rank["broken"].startswith("RuntimeEnvironmentError: the model's logits are not numbers (nan)")
+
+
 def test_the_engine_has_its_own_instructions_back(ran: Ran) -> None:
     assert all(rank["restored"] for rank in ran[1])

@@ -60,6 +60,19 @@ def test_norms_are_replaced_where_they_compute_the_same(family: str, count: int)
         assert sum("forward" in module.__dict__ for module in model.modules()) == count
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_queries_of_padding_get_numbers_and_masked_keys_no_share(dtype: torch.dtype) -> None:
+    with LeanPass(make_model(make_config("llama", 1))):
+        mask = ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](
+            batch_size=1, q_length=3, kv_length=4, attention_mask=torch.tensor([[0, 1, 1, 0]]).bool(), dtype=dtype
+        )
+    shares = (torch.full((4,), 9.0, dtype=dtype) + mask).softmax(dim=-1)
+    assert shares.isfinite().all()
+    torch.testing.assert_close(
+        shares[0, 0, 1:].float(), torch.tensor([[0.0, 1, 0, 0], [0, 0.5, 0.5, 0]]), rtol=0, atol=0
+    )
+
+
 def fail_inside(lean: LeanPass) -> None:
     with lean:
         raise RuntimeError("in between")

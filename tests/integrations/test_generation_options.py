@@ -58,6 +58,17 @@ def test_an_unknown_end_token_means_no_end(tmp_path: Path) -> None:
     assert settled(tmp_path, eos_token_id=[-1, 97], min_new_tokens=3).min_new_tokens == 0
 
 
+def test_a_token_that_is_no_number(tmp_path: Path) -> None:
+    with pytest.raises(WorkloadError, match="special tokens of the generation options are wrong"):
+        settled(tmp_path, eos_token_id=["end"])
+
+
+@pytest.mark.parametrize(("given", "used"), [(9, 9), (0, 0), (-1, 0), (97, 0)])
+def test_padding_is_a_token_that_can_be_embedded(tmp_path: Path, given: int, used: int) -> None:
+    """Some checkpoints say -1; a prompt alone never gets to see it."""
+    assert settled(tmp_path, pad_token_id=given).padding == used
+
+
 @pytest.mark.parametrize(
     ("options", "plain", "by_row"),
     [

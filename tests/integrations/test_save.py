@@ -19,10 +19,10 @@ from lp_plugin.integrations.transformers.save import save_model
 from lp_plugin.integrations.transformers.weights import load_stage
 
 
-def saved(source: Path, target: Path, dtype: torch.dtype = torch.float32) -> Path:
+def saved(source: Path, target: Path, dtype: torch.dtype = torch.float32, *, head: bool = True) -> Path:
     """The model of a directory, loaded as one stage and saved to another."""
     config = AutoConfig.from_pretrained(source)
-    stage = DecoderStage(config, 0, num_layers(config))
+    stage = DecoderStage(config, 0, num_layers(config), head=head)
     load_stage(stage, source, "cpu", dtype)
     save_model(stage, target, source=source)
     return target
@@ -57,6 +57,12 @@ def test_encoder(tmp_path: Path) -> None:
     config = AutoConfig.for_model("bert", **BERT, num_hidden_layers=3)
     AutoModel.from_config(config, add_pooling_layer=False).save_pretrained(tmp_path / "source")
     same(saved(tmp_path / "source", tmp_path / "ours"), tmp_path / "source")
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "opt"])
+def test_without_head(tmp_path: Path, family: str) -> None:
+    make_model(make_config(family, 2)).base_model.save_pretrained(tmp_path / "source")
+    same(saved(tmp_path / "source", tmp_path / "ours", head=False), tmp_path / "source")
 
 
 def test_layout_that_was_loaded_is_kept(tmp_path: Path) -> None:
@@ -102,7 +108,7 @@ def test_what_a_save_that_was_killed_left_is_replaced(tmp_path: Path) -> None:
 def test_nothing_is_overwritten(tmp_path: Path) -> None:
     make_model(make_config("llama", 1)).save_pretrained(tmp_path / "source")
     shutil.copytree(tmp_path / "source", tmp_path / "before")
-    for target in (tmp_path / "source", tmp_path / "source" / "config.json"):
+    for target in (tmp_path / "source", tmp_path / "source" / "config.json", Path("/dev/null")):
         with pytest.raises(InvalidInputError, match=rf"{target} is there already"):
             saved(tmp_path / "source", target)
     same(tmp_path / "source", tmp_path / "before")
@@ -112,3 +118,10 @@ def test_directory_that_cannot_be_made(tmp_path: Path) -> None:
     make_model(make_config("llama", 1)).save_pretrained(tmp_path / "source")
     with pytest.raises(RuntimeEnvironmentError, match="process 0 couldn't prepare the directory: NotADirectoryError"):
         saved(tmp_path / "source", tmp_path / "source" / "config.json" / "ours")
+
+
+def test_a_save_that_fails_at_its_end_leaves_no_copy(tmp_path: Path) -> None:
+    make_model(make_config("llama", 1)).save_pretrained(tmp_path / "source")
+    with pytest.raises(RuntimeEnvironmentError, match="process 0 couldn't finish the directory"):
+        saved(tmp_path / "source", tmp_path / "new" / "..")
+    assert not any(tmp_path.rglob("*.unfinished"))

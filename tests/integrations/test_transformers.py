@@ -38,7 +38,11 @@ def cuts_of(family: str, world: int) -> tuple[tuple[int, ...], ...]:
     """Boundaries for a family: of whole blocks, and of halves; each cut is met by several families."""
     number = list(FAMILIES).index(family)
     whole, half = CUTS[world][number % len(CUTS[world])], HALF_CUTS[world][number % len(HALF_CUTS[world])]
-    return (whole,) if family in WHOLE else (whole, half)
+    if family in WHOLE:
+        return (whole,)
+    if world == 4:  # the processes outnumber the cores; families take turns
+        return (whole,) if number % 2 else (half,)
+    return whole, half
 
 
 # --- every rank --------------------------------------------------------------------------------------------------

@@ -12,8 +12,8 @@ stage. Turns are made by `slots`, carried out as DeepSpeed instructions by `pass
 
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
-from lp_plugin.integrations.deepspeed.generation.generate import generate
+from lp_plugin.integrations.deepspeed.generation.generate import generate, release
 
-__all__ = ["generate"]
+__all__ = ["generate", "release"]
 
 PipelineEngine.generate = generate

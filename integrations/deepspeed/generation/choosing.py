@@ -9,7 +9,10 @@ from transformers import LogitsProcessorList
 
 from lp_plugin.integrations.deepspeed.generation.sampling import Sampling
 
-__all__ = ["Chooser"]
+__all__ = ["BROKEN", "Chooser"]
+
+BROKEN = 2
+"""Added to a slot's flag from the pass on whose logits were not numbers."""
 
 
 class Chooser:
@@ -21,13 +24,15 @@ class Chooser:
         length: Tokens per row at most, padding and new ones together.
 
     Attributes:
-        tokens: int64 [rows + 1]: the newest token of each row, and at the end 1 if all rows have ended, else 0.
+        tokens: int64 [rows + 1]: the newest token of each row, and at the end a flag: 1 if all rows have ended, else 0;
+            `BROKEN` more if logits were not numbers.
     """
 
     def __init__(self, sampling: Sampling, rows: int, length: int) -> None:
         device = sampling.device
         self.tokens = torch.zeros(rows + 1, dtype=torch.long, device=device)
         self._ended = torch.zeros(rows, dtype=torch.bool, device=device)
+        self._broken = torch.zeros(1, dtype=torch.bool, device=device)
         self._made = torch.zeros(1, dtype=torch.long, device=device)
         self._history = torch.zeros(rows, length, dtype=torch.long, device=device)
         self._ends = torch.tensor(sampling.ends, dtype=torch.long, device=device)
@@ -55,6 +60,7 @@ class Chooser:
             seeds: Of each prompt.
         """
         tokens = prompts.shape[1]
+        self._broken.fill_(False)
         self._made.zero_()
         self._ended.fill_(True)
         self._ended[: len(lengths)] = False
@@ -75,6 +81,7 @@ class Chooser:
         Args:
             logits: [rows, vocabulary].
         """
+        self._broken.logical_or_(logits.isnan().any())
         if self._sampling.min_new_tokens > 0:
             too_early = self._made < self._sampling.min_new_tokens
             logits = logits.index_fill(1, self._ends, float("-inf")).where(too_early, logits)
@@ -87,6 +94,7 @@ class Chooser:
         Args:
             logits: [rows, vocabulary].
         """
+        self._broken.logical_or_(logits.isnan().any())
         scores = logits.float()
         if self._sampling.by_row:
             each = [
@@ -113,4 +121,4 @@ class Chooser:
         if self._sampling.ends:
             self._ended.logical_or_((tokens[:, None] == self._ends).any(dim=1))
         self.tokens[:-1].copy_(tokens)
-        self.tokens[-1:].copy_(self._ended.all())
+        self.tokens[-1:].copy_(self._ended.all() + BROKEN * self._broken)

@@ -18,7 +18,9 @@ from lp_plugin.integrations.deepspeed.generation.slots import make_groups, take_
 from lp_plugin.integrations.deepspeed.generation.station import Station
 from lp_plugin.integrations.transformers.runnable import check_runnable
 
-__all__ = ["check_prompts", "generate"]
+__all__ = ["check_prompts", "check_seed", "generate", "release"]
+
+_LARGEST_SEED = 2**63  # seeds are 64 bits wide, and each prompt's index is added
 
 
 def generate(
@@ -61,13 +63,15 @@ def generate(
     Raises:
         UnsupportedModelError: If the model only encodes.
         WorkloadError: If a prompt is empty, too long for the model or has unknown tokens, if there are none, or if an
-            option can't be done. All errors come on every rank, before anything runs.
+            option or the seed can't be used; on every rank, before anything runs.
+        RuntimeEnvironmentError: If logits are not numbers, as soon as that is known; load the model again then.
     """
     module = engine.module
     check_runnable({"model_type": module.hf_config.model_type})
     config = complete_config(generation_config, module.directory, module.hf_config)
     indices = range(len(prompts)) if indices is None else indices
     _check(prompts, indices, micro_batch, num_slots)
+    check_seed(seed)
     check_prompts(prompts, indices, int(config.max_new_tokens), module.hf_config)
     seeds = [seed + index for index in indices]
     sampling = make_sampling(config, module.stage.model, torch.device(engine.device))
@@ -95,6 +99,13 @@ def generate(
         tensor = results.as_tensor(station.device)
         station.ring.share(tensor)
     return Results.as_lists(tensor)
+
+
+def release(engine: Any) -> None:
+    """Gives back the memory of the slots, KV caches and CUDA graphs, which `generate` keeps for its next call."""
+    station: Station | None = engine.__dict__.get("lp_station")
+    if station is not None:
+        station.release()
 
 
 def _station(engine: Any) -> Station:
@@ -127,6 +138,16 @@ def _check(prompts: Sequence[Sequence[int]], indices: Sequence[int], micro_batch
     for name, value in (("micro_batch", micro_batch), ("num_slots", num_slots)):
         if value < 1:
             raise WorkloadError(f"{name} is {value}; it must be at least 1.")
+
+
+def check_seed(seed: int) -> None:
+    """Refuses what the last stage alone would find out, in the middle of its first pass.
+
+    Raises:
+        WorkloadError: If a seed is no whole number, or leaves no room for the prompts' own.
+    """
+    if not isinstance(seed, int) or not 0 <= seed < _LARGEST_SEED:
+        raise WorkloadError(f"seed is {seed!r}; it must be a whole number of 0 to 2^63 - 1.")
 
 
 def check_prompts(prompts: Sequence[Sequence[int]], indices: Sequence[int], new_tokens: int, model_config: Any) -> None:

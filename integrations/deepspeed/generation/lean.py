@@ -25,13 +25,18 @@ _EPSILONS = ("variance_epsilon", "eps")
 """What transformers' RMS norms call it."""
 _TOLERANCE = 1e-5
 """Relative and absolute, in float32, between a norm of transformers and PyTorch's."""
+_MASKED = torch.finfo(torch.float16).min
+"""Added to scores that don't count: far enough for a share of exactly 0 in any precision, yet finite, so that queries
+of padding, which may see no key at all, get numbers and never NaN from any attention kernel (for PyTorch's own
+conversion of masks cuDNN's gets the same value)."""
 
 
 class LeanPass:
     """A context in which a model makes its passes; can be entered again and again.
 
     Masks are converted to what attention adds once, not in every block. RMS norms run as one kernel, and queries and
-    keys are rotated together, where that gives the same; this is tried out beforehand.
+    keys are rotated together, where that gives the same; this is tried out beforehand. Inside, transformers is changed
+    for the whole process: one thread at a time, and no context within another's.
 
     Args:
         model: transformers' model, on its device.
@@ -63,7 +68,7 @@ def _additive_mask(*args: Any, dtype: torch.dtype, **kwargs: Any) -> torch.Tenso
     mask = sdpa_mask(*args, dtype=dtype, **kwargs)
     if mask is None or mask.dtype != torch.bool:
         return mask
-    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, float("-inf"))
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, _MASKED)
 
 
 def _fused_norms(model: nn.Module) -> Iterator[tuple[nn.Module, Any]]:

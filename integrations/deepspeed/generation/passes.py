@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 
+from lp_plugin.errors import RuntimeEnvironmentError
 from lp_plugin.integrations.deepspeed.generation import schedule
+from lp_plugin.integrations.deepspeed.generation.choosing import BROKEN
 from lp_plugin.integrations.deepspeed.generation.results import Results
 from lp_plugin.integrations.deepspeed.generation.slots import Group, Pass, Turn
 from lp_plugin.integrations.deepspeed.generation.station import Station
@@ -70,13 +72,14 @@ class Passes:
             return False
         letter = self._station.letters[turn.slot]
         if self._station.ring.is_first:
-            *tokens, ended = letter.read()
+            *tokens, flag = letter.read()
+            ended = _ended(flag)
             self._results.add(self._work.groups[turn.returns.group], tokens)
-            return bool(ended)
+            return ended
         if turn.run is None or turn.run.number == 1:
             return False
-        (ended,) = letter.read()
-        return bool(ended)
+        (flag,) = letter.read()
+        return _ended(flag)
 
     def finish(self) -> None:
         """Waits until everything sent has left."""
@@ -153,6 +156,16 @@ class Passes:
         if self._station.device.type == "cuda":
             both = both.pin_memory().to(self._station.device, non_blocking=True)
         return both[:, 1:], both[:, 0]
+
+
+def _ended(flag: float) -> bool:
+    """Whether all rows of a slot have ended, from its flag."""
+    if flag >= BROKEN:
+        raise RuntimeEnvironmentError(
+            "the model's logits are not numbers (nan): it overflows in this precision, or its weights hold such "
+            "values. Try float32 or bfloat16."
+        )
+    return bool(flag)
 
 
 def _run(turn: Turn) -> Pass:

@@ -72,7 +72,7 @@ class Sampling:
     ends: tuple[int, ...]
     """End-of-sequence tokens; may be empty."""
     padding: int
-    """What rows that have ended are filled with."""
+    """What rows that have ended are filled with: a token that the model knows; no result shows it."""
     shared: LogitsProcessorList
     """Applied to all rows at once, last."""
     by_row: bool
@@ -142,12 +142,15 @@ def make_sampling(config: GenerationConfig, model: Any, device: torch.device) ->
         WorkloadError: If transformers refuses an option's value.
     """
     config = copy.deepcopy(config)
-    model._prepare_special_tokens(config, True, device=device, batch_size=1)
+    try:
+        model._prepare_special_tokens(config, True, device=device, batch_size=1)
+    except (ValueError, TypeError) as error:
+        raise WorkloadError(f"the special tokens of the generation options are wrong: {error}") from None
     known = range(model.config.vocab_size)  # an unknown token, such as -1, is a way to say that there is no end
     ends = (
         () if config._eos_token_tensor is None else tuple(filter(known.__contains__, config._eos_token_tensor.tolist()))
     )
-    padding = config._pad_token_tensor
+    padding = 0 if config._pad_token_tensor is None else int(config._pad_token_tensor)
     try:
         every = _processors(model, config, torch.zeros(1, 1, dtype=torch.long, device=device))
     except (ValueError, TypeError) as error:
@@ -164,7 +167,7 @@ def make_sampling(config: GenerationConfig, model: Any, device: torch.device) ->
         new_tokens=int(config.max_new_tokens),
         min_new_tokens=int(config.min_new_tokens or 0) if ends else 0,
         ends=ends,
-        padding=0 if padding is None else int(padding),
+        padding=padding if padding in known else 0,  # rows that have ended go on being embedded
         shared=LogitsProcessorList(every[first:]),
         by_row=first > 0,
     )

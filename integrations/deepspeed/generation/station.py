@@ -91,6 +91,11 @@ class Station:
             self.slots.append(slot)
             self.letters.append(Letter(slot.received if self.ring.is_first else slot.received[-1:]))
 
+    def release(self) -> None:
+        """Gives the memory of caches and graphs back; the next call makes new ones."""
+        self.slots.clear()
+        self.letters.clear()
+
     def _make_slot(self, sampling: Sampling, rows: int, length: int, compiled: bool) -> SlotState:
         captured = self.device.type == "cuda" and self.stage.capturable
         slot = SlotState(

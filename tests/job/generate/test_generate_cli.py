@@ -77,7 +77,7 @@ def test_help(main: Main) -> None:
         (("--stream", "--data-parallel", 2), "--stream follows one pipeline, but --data-parallel is 2"),
         (("--dtype", "float16"), "float16 needs a GPU"),
         (("--dtype", "int4"), "'int4'"),
-        (("--cluster", "cpu:1"), "2 devices were asked for; ask for 1 to 1"),
+        (("--cluster", "cpu:1"), "cpu:1 names 1 of the 2 devices that one pipeline takes"),
     ],
 )
 def test_wrong_options(refused: Refused, options: tuple[object, ...], said: str) -> None:
@@ -151,6 +151,17 @@ def test_files_that_could_not_be_written_at_the_end(refused: Refused, tmp_path: 
     for option in ("--output", "--report"):
         assert "can't be written" in refused(**{option: tmp_path / "nowhere" / "file.jsonl"})
     assert "would replace the input" in refused(**{"--output": prompts})
+    assert "would replace the input" in refused(**{"--report": prompts})
+    assert "out.jsonl would replace another file" in refused(**{"--report": tmp_path / "out.jsonl"})
+
+
+def test_layers_that_so_many_processes_can_not_share(refused: Refused, model: Path) -> None:
+    """Before any of them starts."""
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    (model / "config.json").write_text(json.dumps(config | {"num_key_value_heads": 2}), encoding="utf-8")
+    assert "2 key and value heads can't be shared evenly by 4" in refused("--tensor-parallel", 4)
+    (model / "config.json").write_text(json.dumps(config | {"model_type": "gpt2"}), encoding="utf-8")
+    assert "no tensor-parallel plan for model_type 'gpt2'" in refused("--tensor-parallel", 2)
 
 
 def test_a_plan_for_something_else(refused: Refused, model: Path, tmp_path: Path) -> None:

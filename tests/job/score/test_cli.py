@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
 import subprocess
@@ -11,10 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig
 
 import lp_plugin
 from lp_plugin import Cluster, ModelProfile, Workload, make_plan, save_plan
 from lp_plugin.planfile import load_plan
+from lp_plugin.score.batches import pad_length
+from lp_plugin.score.job import prepare
 
 REFERENCE = Path(__file__).parents[3] / "examples" / "dense16"
 
@@ -342,3 +346,18 @@ def test_output_in_the_inputs_place(refused: Refused, tmp_path: Path) -> None:
 
 def test_timeline_that_is_no_picture(refused: Refused, tmp_path: Path) -> None:
     assert ".png, .svg or .pdf" in refused(**{"--timeline": tmp_path / "timeline.jpeg2000"})
+
+
+# --- run: what is accepted ---------------------------------------------------------------------------------------
+
+
+def test_a_model_without_a_longest_row_is_scored_at_any_length(tiny: Path, tmp_path: Path) -> None:
+    directory = tmp_path / "bloom"
+    AutoTokenizer.from_pretrained(tiny).save_pretrained(directory)
+    config = BloomConfig(vocab_size=257, hidden_size=32, n_layer=1, n_head=4)
+    AutoModelForCausalLM.from_config(config).save_pretrained(directory)
+    (tmp_path / "in.txt").write_text("a" * 5000, encoding="utf-8")
+    unsaid = dict.fromkeys(inspect.signature(prepare).parameters)
+    given = {"directory": directory, "input_path": tmp_path / "in.txt", "output": tmp_path / "out.jsonl"}
+    job = prepare(**(unsaid | given | {"num_stages": 2, "data_parallel": 1}))
+    assert pad_length(int(job.documents.lengths[0]), job.max_positions) > 5000
