@@ -110,6 +110,7 @@ def _shard(stage: DecoderStage, ranks: _Ranks) -> None:
     if stage.has_embedding:
         table, name = model.get_input_embeddings(), f"{stage.decoder_name}.{stage.embedding_name}"
         stage.cuts[name] = ranks.cut(table, "weight", 0, uneven=True)
+        table.padding_idx = None  # a row of the whole table, which may lie beyond this part; for gradients alone
         table.forward = _looked_up(table, stage.cuts[name])
     for name, module in list(model.named_modules()):
         if name and module is not model.get_input_embeddings():

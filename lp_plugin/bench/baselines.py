@@ -20,7 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import distributed
@@ -30,6 +30,9 @@ from lp_plugin.bench.generate_contenders import CONTENDERS, Request
 from lp_plugin.files import write_atomically
 from lp_plugin.job.launch import prepare_environment
 from lp_plugin.measure.layers import synchronize
+
+if TYPE_CHECKING:
+    from lp_plugin.generate.planning import GenerationPlan
 
 __all__ = ["make_prompts"]
 
@@ -111,47 +114,16 @@ def _meet() -> None:
 
 
 def _ours(request: Request, devices: int, *, compiled: bool = False, replicas: int = 1) -> Built:
-    from lp_plugin.generate.planning import plan_generation  # noqa: PLC0415 - only this contender needs DeepSpeed
-    from lp_plugin.hardware import Cluster  # noqa: PLC0415
-    from lp_plugin.integrations.deepspeed import generation  # noqa: PLC0415
-    from lp_plugin.integrations.deepspeed.engine import build_engine, init_distributed  # noqa: PLC0415
-    from lp_plugin.integrations.transformers.pipeline import HFPipelineModule  # noqa: PLC0415
+    from lp_plugin.integrations.deepspeed import generation  # noqa: PLC0415 - only this contender needs DeepSpeed
     from lp_plugin.job.ranks import gather  # noqa: PLC0415
-    from lp_plugin.measure.device import detect_device  # noqa: PLC0415
-    from lp_plugin.model import ModelProfile  # noqa: PLC0415
 
-    init_distributed()
-    profile = ModelProfile.from_config(request.directory)
-    stages = devices // replicas
-    cluster = Cluster.homogeneous(detect_device(int(os.environ["LOCAL_RANK"]), devices), stages)
-    chosen = plan_generation(
-        profile,
-        cluster,
-        prompts=-(-request.requests // replicas),
-        prompt_tokens=request.prompt_tokens,
-        new_tokens=request.new_tokens,
-        num_stages=stages,
-        compiled=compiled,
-    )
-    plan = chosen.plan
-    module = HFPipelineModule(
-        request.directory,
-        num_stages=stages,
-        workload=plan.workload,
-        plan=plan,
-        cluster=cluster,
-        dtype=profile.dtype,
-        data_parallel=replicas,
-    )
-    engine = build_engine(
-        module, micro_batch=chosen.micro_batch, num_micro_batches=chosen.num_slots, dtype=profile.dtype
-    )
-    config = _generation_config(request)
+    chosen, engine = _our_engine(request, devices // replicas, compiled=compiled, replicas=replicas)
+    config, replica = _generation_config(request), engine.grid.data_parallel_id
 
     def generate(prompts: Tokens) -> Tokens:
         made = generation.generate(
             engine,
-            prompts[engine.grid.data_parallel_id :: replicas],
+            prompts[replica::replicas],
             generation_config=config,
             micro_batch=chosen.micro_batch,
             num_slots=chosen.num_slots,
@@ -159,19 +131,53 @@ def _ours(request: Request, devices: int, *, compiled: bool = False, replicas: i
         )
         if replicas == 1:
             return made
-        parts = dict(gather((engine.grid.data_parallel_id, made)))
+        parts = dict(gather((replica, made)))
         return [parts[index % replicas][index // replicas] for index in range(len(prompts))]
 
     facts = {
-        "boundaries": list(plan.boundaries),
+        "boundaries": list(chosen.plan.boundaries),
         "micro_batch": chosen.micro_batch,
         "num_slots": chosen.num_slots,
         "predicted_seconds": chosen.predicted_seconds,
-        "predicted_stage_seconds": list(plan.stage_seconds),
+        "predicted_stage_seconds": list(chosen.plan.stage_seconds),
         "predicted_load_bytes": list(chosen.weight_bytes) * replicas,
         "predicted_peak_bytes": list(chosen.stage_memory_bytes) * replicas,
     }
     return Built(generate=generate, facts=facts)
+
+
+def _our_engine(request: Request, stages: int, *, compiled: bool, replicas: int) -> tuple[GenerationPlan, Any]:
+    """The plan for one replica's prompts, and DeepSpeed's engine with the stages loaded."""
+    from lp_plugin.generate.planning import plan_generation  # noqa: PLC0415
+    from lp_plugin.hardware import Cluster  # noqa: PLC0415
+    from lp_plugin.integrations.deepspeed.engine import build_engine, init_distributed  # noqa: PLC0415
+    from lp_plugin.integrations.transformers.pipeline import HFPipelineModule  # noqa: PLC0415
+    from lp_plugin.measure.device import detect_device  # noqa: PLC0415
+    from lp_plugin.model import ModelProfile  # noqa: PLC0415
+
+    init_distributed()
+    profile = ModelProfile.from_config(request.directory)
+    device = detect_device(int(os.environ["LOCAL_RANK"]), stages * replicas)
+    chosen = plan_generation(
+        profile,
+        Cluster.homogeneous(device, stages),
+        prompts=-(-request.requests // replicas),
+        prompt_tokens=request.prompt_tokens,
+        new_tokens=request.new_tokens,
+        num_stages=stages,
+        compiled=compiled,
+    )
+    module = HFPipelineModule(
+        request.directory,
+        num_stages=stages,
+        workload=chosen.plan.workload,
+        plan=chosen.plan,
+        cluster=Cluster.homogeneous(device, stages),
+        dtype=profile.dtype,
+        data_parallel=replicas,
+    )
+    rows, slots = chosen.micro_batch, chosen.num_slots
+    return chosen, build_engine(module, micro_batch=rows, num_micro_batches=slots, dtype=profile.dtype)
 
 
 def _native_pp(request: Request, devices: int) -> Built:

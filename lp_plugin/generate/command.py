@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
-from lp_plugin.files import write_atomically
 from lp_plugin.generate.job import GenerateJob, prepare
 from lp_plugin.generate.outcome import Outcome
+from lp_plugin.job.figures import write_figures
 from lp_plugin.job.launch import start_job
 from lp_plugin.report import console
 
@@ -82,5 +81,5 @@ def _show(outcome: Outcome, output: Path, report: Path | None) -> None:
     page.print(outcome.report())
     page.print(f"texts written to {output}")
     if report is not None:
-        write_atomically(report, json.dumps(outcome.as_json(), indent=2) + "\n")
+        write_figures(report, outcome.as_json())
         page.print(f"figures written to {report}")

@@ -81,8 +81,18 @@ class Journal(Generic[Record]):
         self.records.update(records)
 
     def finish(self) -> None:
-        """Writes the output in input order and removes the journal."""
-        write_atomically(self.output, "".join(self._output_lines()))
+        """Writes the output in input order and removes the journal.
+
+        Raises:
+            DocumentError: If the output can't be written; the journal stays.
+        """
+        try:
+            write_atomically(self.output, "".join(self._output_lines()))
+        except OSError as error:
+            raise DocumentError(
+                f"{self.output} can't be written: {error.strerror or error}; all results are in {self.path.name}: "
+                "make room, then start the same command again."
+            ) from None
         self._stream.close()
         self.path.unlink()
 

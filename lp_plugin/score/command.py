@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
-from lp_plugin.files import write_atomically
+from lp_plugin.job.figures import write_figures
 from lp_plugin.job.launch import start_job
 from lp_plugin.picture import timeline_picture
 from lp_plugin.report import console
@@ -73,5 +72,5 @@ def _show(outcome: Outcome, output: Path, timeline: Path | None, report: Path | 
         timeline_picture(intervals, len(outcome.ranks), timeline)
         page.print(f"timeline written to {timeline}")
     if report is not None:
-        write_atomically(report, json.dumps(outcome.as_json(), indent=2) + "\n")
+        write_figures(report, outcome.as_json())
         page.print(f"figures written to {report}")

@@ -43,7 +43,9 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "olmo2": ("olmo2", GROUPED),
     "granite": (
         "granite",
-        GROUPED | {"embedding_multiplier": 12.0, "residual_multiplier": 0.22, "logits_scaling": 8.0},
+        GROUPED
+        | {"embedding_multiplier": 12.0, "residual_multiplier": 0.22, "logits_scaling": 8.0}
+        | {"pad_token_id": VOCABULARY - 1},
     ),
     "starcoder2": ("starcoder2", GROUPED | {"sliding_window": 9}),
     "gpt_neox": ("gpt_neox", COMMON),

@@ -121,7 +121,9 @@ def assert_same_tensors(directory: Path, model: Any) -> None:
         (lambda model: model.generate([[1], "a"], max_new_tokens=1), WorkloadError, "a list of strings, or of lists"),
         (lambda model: model.generate([[1], []], max_new_tokens=1), WorkloadError, "prompt 1 is empty"),
         (lambda model: model.generate([[1], [2] * 127], max_new_tokens=2), WorkloadError, "prompt 1 has 127 tokens"),
-        (lambda model: model.generate([[1]], max_new_tokens=0), WorkloadError, "must be at least 1"),
+        (lambda model: model.generate([[1]], max_new_tokens=0), WorkloadError, "a whole number of at least 1"),
+        (lambda model: model.generate([[1]], max_new_tokens=None), WorkloadError, "max_new_tokens is None"),
+        (lambda model: model.generate(None, max_new_tokens=1), WorkloadError, "a list of strings, or of lists"),
         (lambda model: model.generate([[999]], max_new_tokens=1), WorkloadError, "tokens from 999 to 999"),
         (lambda model: model.generate([[1]], max_new_tokens=1, top_q=3), WorkloadError, "top_q: no such option"),
         (lambda model: model.generate([[1]], max_new_tokens=1, num_beams=4), WorkloadError, "num_beams"),
@@ -164,6 +166,8 @@ def test_a_closed_model_is_gone_and_says_so(text_models: Path, own_process: None
     assert weights() is None
     with pytest.raises(RuntimeEnvironmentError, match="closed"):
         model.score(["a"])
+    with pytest.raises(RuntimeEnvironmentError, match="closed"):
+        _ = model.plan
 
 
 def test_configuration_and_plan_are_used(text_models: Path, own_process: None, tmp_path: Path) -> None:

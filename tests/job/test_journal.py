@@ -118,6 +118,17 @@ def test_the_same_job_goes_on(output: Path, written: Write, opened: Open) -> Non
     assert records(output) == finished()
 
 
+def test_an_output_that_can_not_be_written_at_the_end_loses_nothing(output: Path, written: Write, opened: Open) -> None:
+    output.mkdir()
+    with pytest.raises(DocumentError, match=r"can't be written: .* all results are in scores\.jsonl\.partial"):
+        written(0, 1, 2, 3).finish()
+    output.rmdir()
+    journal = opened()
+    assert journal.missing() == []
+    journal.finish()
+    assert records(output) == finished()
+
+
 def test_a_finished_but_not_renamed_job_goes_on(output: Path, written: Write, opened: Open) -> None:
     written(0, 1, 2, 3)
     journal = opened()
