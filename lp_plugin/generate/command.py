@@ -71,9 +71,10 @@ def generate(
 
 
 def _run_rank(prepared: Callable[[], GenerateJob] | None) -> Outcome | None:
-    from lp_plugin.generate.worker import run_rank  # noqa: PLC0415 - DeepSpeed, only in the ranks
+    from lp_plugin.generate.worker import run  # noqa: PLC0415 - DeepSpeed, only in the ranks
+    from lp_plugin.job.ranks import run_rank  # noqa: PLC0415
 
-    return run_rank(prepared)
+    return run_rank(prepared, run)
 
 
 def _show(outcome: Outcome, output: Path, report: Path | None) -> None:

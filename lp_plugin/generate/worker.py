@@ -18,18 +18,18 @@ from lp_plugin.generate.outcome import Outcome, RankFigures
 from lp_plugin.generate.planning import GenerationPlan, plan_generation
 from lp_plugin.generate.results import Generated, Relay, Results
 from lp_plugin.generate.stream import Stream
-from lp_plugin.integrations.deepspeed.engine import build_engine, init_distributed, quiet
+from lp_plugin.integrations.deepspeed.engine import build_engine, quiet
 from lp_plugin.integrations.deepspeed.generation.sampling import complete_config  # and the engine gets generate()
 from lp_plugin.integrations.deepspeed.methods import detected_cluster
 from lp_plugin.integrations.transformers.pipeline import HFPipelineModule
 from lp_plugin.job.documents import load_tokenizer
 from lp_plugin.job.journal import Journal
 from lp_plugin.job.progress import Progress
-from lp_plugin.job.ranks import agree, check_processes, gather, leave
+from lp_plugin.job.ranks import agree, check_processes, gather
 from lp_plugin.model import ModelProfile
 from lp_plugin.report import console
 
-__all__ = ["run_rank"]
+__all__ = ["run"]
 
 Listener = Callable[[int, list[int]], None]
 """Gets a prompt's number in the input, and tokens of it."""
@@ -37,28 +37,8 @@ Receivers = tuple[Listener, Listener | None]
 """Of new tokens, and of finished prompts."""
 
 
-def run_rank(prepared: Callable[[], GenerateJob] | None) -> Outcome | None:
-    """Runs this process's part of the job.
-
-    Collective over all ranks of the job; torchrun's environment variables are set.
-
-    Args:
-        prepared: Makes the job; needed on rank 0, which hands it to the others. Called once the ranks are
-            connected: if it raises, the others notice that this one is gone.
-
-    Returns:
-        The job's figures on rank 0, None elsewhere.
-
-    Raises:
-        LpPluginError: Any of its kinds.
-    """
-    init_distributed()
-    outcome = _run(agree(prepared() if prepared else None))
-    leave()
-    return outcome
-
-
-def _run(job: GenerateJob) -> Outcome | None:
+def run(job: GenerateJob) -> Outcome | None:
+    """This process's part of the job; collective. The job's figures on rank 0, None elsewhere."""
     check_processes(job.layout)
     journal = Journal(job.output, job.digest, job.prompts.ids, Generated) if dist.get_rank() == 0 else None
     remaining = agree(journal.missing() if journal else None)

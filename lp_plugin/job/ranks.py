@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 from deepspeed import comm as dist
 
 from lp_plugin.errors import WorldSizeError
+from lp_plugin.integrations.deepspeed.engine import init_distributed
 from lp_plugin.job.layout import Layout
 
-__all__ = ["agree", "check_processes", "gather", "leave"]
+__all__ = ["agree", "check_processes", "gather", "run_rank"]
 
 Value = TypeVar("Value")
+AnyJob = TypeVar("AnyJob")
+Outcome = TypeVar("Outcome")
 
 
 def check_processes(layout: Layout) -> None:
@@ -46,7 +50,22 @@ def gather(value: Value) -> tuple[Value, ...]:
     return tuple(values)
 
 
-def leave() -> None:
-    """Ends the job's communication; collective, and not after an error: its store tells who has reported that."""
+def run_rank(prepared: Callable[[], AnyJob] | None, run: Callable[[AnyJob], Outcome | None]) -> Outcome | None:
+    """Runs this process's part of a job; collective over its ranks. torchrun's environment variables are set.
+
+    Args:
+        prepared: Makes the job; needed on rank 0, which hands it to the others. Called once the ranks are
+            connected: if it raises, the others notice that this one is gone.
+        run: Does what there is to do; gives the job's figures on rank 0, None elsewhere.
+
+    Returns:
+        What ``run`` gave.
+
+    Raises:
+        LpPluginError: Any of its kinds.
+    """
+    init_distributed()
+    outcome = run(agree(prepared() if prepared else None))
     dist.barrier()  # Gloo may abort a process that ends while its last message is under way
-    torch.distributed.destroy_process_group()
+    torch.distributed.destroy_process_group()  # not after an error: the job's store tells who has reported it
+    return outcome

@@ -58,9 +58,10 @@ def score(
 
 
 def _run_rank(prepared: Callable[[], ScoreJob] | None) -> Outcome | None:
-    from lp_plugin.score.worker import run_rank  # noqa: PLC0415 - DeepSpeed, only in the ranks
+    from lp_plugin.job.ranks import run_rank  # noqa: PLC0415
+    from lp_plugin.score.worker import run  # noqa: PLC0415 - DeepSpeed, only in the ranks
 
-    return run_rank(prepared)
+    return run_rank(prepared, run)
 
 
 def _show(outcome: Outcome, output: Path, timeline: Path | None, report: Path | None) -> None:

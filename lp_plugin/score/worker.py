@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +15,6 @@ from lp_plugin.errors import RuntimeEnvironmentError
 from lp_plugin.integrations.deepspeed.engine import (
     StageTimes,
     build_engine,
-    init_distributed,
     quiet,
     stage_alone_seconds,
 )
@@ -24,7 +22,7 @@ from lp_plugin.integrations.transformers.pipeline import HFPipelineModule
 from lp_plugin.job.journal import Journal
 from lp_plugin.job.layout import Layout
 from lp_plugin.job.progress import Progress
-from lp_plugin.job.ranks import agree, check_processes, gather, leave
+from lp_plugin.job.ranks import agree, check_processes, gather
 from lp_plugin.plan import Plan
 from lp_plugin.score.batches import Step, make_steps, pad_length
 from lp_plugin.score.job import ScoreJob
@@ -34,31 +32,11 @@ from lp_plugin.score.scores import Score
 from lp_plugin.score.steps import StepRunner
 from lp_plugin.workload import Workload
 
-__all__ = ["run_rank"]
+__all__ = ["run"]
 
 
-def run_rank(prepared: Callable[[], ScoreJob] | None) -> Outcome | None:
-    """Runs this process's part of the job.
-
-    Collective over all ranks of the job; torchrun's environment variables are set.
-
-    Args:
-        prepared: Makes the job; needed on rank 0, which hands it to the others. Called once the ranks are
-            connected: if it raises, the others notice that this one is gone.
-
-    Returns:
-        The job's figures on rank 0, None elsewhere.
-
-    Raises:
-        LpPluginError: Any of its kinds.
-    """
-    init_distributed()
-    outcome = _run(agree(prepared() if prepared else None))
-    leave()
-    return outcome
-
-
-def _run(job: ScoreJob) -> Outcome | None:
+def run(job: ScoreJob) -> Outcome | None:
+    """This process's part of the job; collective. The job's figures on rank 0, None elsewhere."""
     check_processes(job.layout)
     journal = Journal(job.output, job.digest, job.documents.ids, Score) if dist.get_rank() == 0 else None
     remaining = agree(journal.missing() if journal else None)
