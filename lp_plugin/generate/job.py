@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-from lp_plugin.errors import DocumentError, WorkloadError
+from lp_plugin.errors import DocumentError, RuntimeEnvironmentError, WorkloadError
 from lp_plugin.generate.settings import checked_settings, settings_key
 from lp_plugin.hardware import Cluster
 from lp_plugin.job.checks import (
     check_at_least_one,
     check_buildable,
+    check_replicas,
     check_writable,
     checked_architecture,
     checked_cluster,
@@ -106,10 +108,13 @@ def prepare(
     check_at_least_one("--micro-batch", micro_batch)
     if stream and data_parallel > 1:
         raise WorkloadError(f"--stream follows one pipeline, but --data-parallel is {data_parallel}; leave one out.")
+    if compiled and not torch.cuda.device_count():
+        raise RuntimeEnvironmentError("--compile needs a GPU: only there decode passes are captured; leave it out.")
     if not 0 <= seed < _LARGEST_SEED:
         raise WorkloadError(f"--seed is {seed}; it must be a whole number of 0 to 2^63 - 1.")
     check_writable(prompts_path, output, report)
     read = read_documents(prompts_path)
+    check_replicas(layout, len(read), "prompts")
     model = model_fingerprint(directory, profile.dtype)
     settings = checked_settings(
         directory, max_new_tokens=max_new_tokens, sample=sample, temperature=temperature, top_k=top_k, top_p=top_p

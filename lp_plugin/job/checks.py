@@ -26,6 +26,7 @@ from lp_plugin.workload import Phase
 __all__ = [
     "check_at_least_one",
     "check_buildable",
+    "check_replicas",
     "check_writable",
     "checked_architecture",
     "checked_cluster",
@@ -144,6 +145,24 @@ def checked_cluster(spec: str | None, layout: Layout) -> Cluster | None:
     return cluster.subset(needed).grouped(layout.tensor_parallel)
 
 
+def check_replicas(layout: Layout, count: int, what: str) -> None:
+    """Refuses replicas that would have nothing to do.
+
+    Args:
+        layout: Processes.
+        count: Texts of the job.
+        what: What they are called, in the plural.
+
+    Raises:
+        WorkloadError: Naming both numbers.
+    """
+    if layout.data_parallel > count:
+        raise WorkloadError(
+            f"--data-parallel is {layout.data_parallel}, but there are {count} {what} to share out; "
+            f"give at most {count}."
+        )
+
+
 def check_at_least_one(option: str, value: int | None) -> None:
     """Refuses a count below 1; None stands for an option left out.
 
@@ -205,8 +224,9 @@ def check_writable(input_path: str | Path, output: str | Path, *others: str | Pa
     for path in (output, *others):
         if path is not None and not Path(path).resolve().parent.is_dir():
             raise DocumentError(f"{path} can't be written: folder {Path(path).parent} does not exist.")
-        if path is not None and Path(path).is_dir():
-            raise DocumentError(f"{path} can't be written: it is a folder; give the name of a file.")
+        if path is not None and Path(path).exists() and not Path(path).is_file():
+            kind = "folder" if Path(path).is_dir() else "special file"
+            raise DocumentError(f"{path} can't be written: it is a {kind}; give the name of a regular file.")
     taken = {Path(input_path).resolve(): "the input"}
     for path in (output, *others):
         if path is None:

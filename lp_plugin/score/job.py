@@ -12,6 +12,7 @@ from lp_plugin.hardware import Cluster
 from lp_plugin.job.checks import (
     check_at_least_one,
     check_buildable,
+    check_replicas,
     check_writable,
     checked_architecture,
     checked_cluster,
@@ -84,6 +85,7 @@ def prepare(
     if timeline is not None and Path(timeline).suffix not in {".png", ".svg", ".pdf"}:
         raise DocumentError(f"--timeline {timeline}: pictures end in .png, .svg or .pdf.")
     read = read_documents(input_path)
+    check_replicas(layout, len(read), "documents")
     model = model_fingerprint(directory, profile.dtype)
     documents = tokenize(read, directory, architecture.max_positions, architecture.vocab_size)
     check_buildable(

@@ -67,6 +67,8 @@ def test_help(main: Main) -> None:
         (("--tensor-parallel", 0), "--tensor-parallel is 0"),
         (("--tensor-parallel", 3), "num_attention_heads is 4"),
         (("--data-parallel", -1), "--data-parallel is -1"),
+        (("--data-parallel", 1000), "--data-parallel is 1000, but there are "),
+        (("--compile",), "--compile needs a GPU"),
         (("--temperature", 0), "use --greedy"),
         (("--temperature", "nan"), "--temperature is nan"),
         (("--top-k", -1), "--top-k is -1"),
@@ -151,6 +153,7 @@ def test_files_that_could_not_be_written_at_the_end(refused: Refused, tmp_path: 
     for option in ("--output", "--report"):
         assert "can't be written" in refused(**{option: tmp_path / "nowhere" / "file.jsonl"})
     assert "would replace the input" in refused(**{"--output": prompts})
+    assert "it is a special file" in refused(**{"--output": "/dev/null"})
     assert "would replace the input" in refused(**{"--report": prompts})
     assert "out.jsonl would replace another file" in refused(**{"--report": tmp_path / "out.jsonl"})
 
