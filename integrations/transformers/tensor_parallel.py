@@ -1,9 +1,10 @@
 """Tensor parallelism inside a stage, by transformers' own plan.
 
-transformers says of each family which modules are cut by columns and which by rows (``model.tp_plan``); here they are
-cut so, on the "tp" dimension of a device mesh. Parameters become plain tensors of this rank's part, and the modules'
-outputs are summed or gathered where the plan says so, so that what enters and leaves a stage is whole on every rank.
-The embedding is always cut over the vocabulary. Written for inference: gradients don't cross the collectives.
+transformers says of each family which modules are cut by columns and which by rows (``model.tp_plan``), and its
+parallel styles run them on the "tp" dimension of a device mesh: they sum or gather outputs, so that what enters and
+leaves a stage is whole on every rank. Cut here are the parameters, into plain tensors of this rank's part: loading
+reads that part alone, and DeepSpeed meets nothing but tensors; for inference the styles take them as they are. The
+embedding is always cut over the vocabulary, which torch's DTensor knows how to look up.
 """
 
 from __future__ import annotations
@@ -17,17 +18,16 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.nn import functional
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, AllReduceParallel
 
 from lp_plugin.errors import UnsupportedModelError, WorkloadError
 from lp_plugin.integrations.transformers.decoder import DecoderStage
 
 __all__ = ["Cut", "check_shardable", "shard_stage", "whole_tensor"]
 
-_GATHERED = ("colwise_gather_output", "colwise_rep")
-_COLUMNS = ("colwise", *_GATHERED)
-_SPLIT = ("rowwise_split_input", "rowwise_rep")
-_ROWS = ("rowwise", *_SPLIT)
+_COLUMNS = ("colwise", "colwise_gather_output", "colwise_rep")
+_ROWS = ("rowwise", "rowwise_split_input", "rowwise_rep")
 _PACKED = "packed_colwise"
 _EXPERTS = "moe_tp_experts"
 _WHOLE = ("replicated_with_grad_allreduce", "replicate")
@@ -82,7 +82,7 @@ def shard_stage(stage: DecoderStage, mesh: DeviceMesh) -> None:
         WorkloadError: If heads or widths can't be shared out among the ranks.
     """
     if mesh["tp"].size() > 1:
-        _shard(stage, _Ranks(mesh["tp"].get_group(), mesh["tp"].get_local_rank(), mesh["tp"].size()))
+        _shard(stage, _Ranks(mesh["tp"], mesh["tp"].get_local_rank(), mesh["tp"].size()))
 
 
 def check_shardable(stage: DecoderStage, number: int) -> None:
@@ -111,7 +111,8 @@ def _shard(stage: DecoderStage, ranks: _Ranks) -> None:
         table, name = model.get_input_embeddings(), f"{stage.decoder_name}.{stage.embedding_name}"
         stage.cuts[name] = ranks.cut(table, "weight", 0, uneven=True)
         table.padding_idx = None  # a row of the whole table, which may lie beyond this part; for gradients alone
-        table.forward = _looked_up(table, stage.cuts[name])
+        if ranks.mesh is not None:
+            table.forward = _looked_up(table, stage.cuts[name], ranks.mesh)
     for name, module in list(model.named_modules()):
         if name and module is not model.get_input_embeddings():
             _shard_module(stage, name, module, plan, ranks)
@@ -121,7 +122,7 @@ def _shard(stage: DecoderStage, ranks: _Ranks) -> None:
 class _Ranks:
     """The group that shares a stage."""
 
-    group: Any
+    mesh: DeviceMesh | None
     rank: int
     number: int
 
@@ -134,7 +135,8 @@ class _Ranks:
                 f"{type(module).__name__}.{name} is {size // packed} wide, which {self.number} tensor-parallel ranks "
                 f"can't share evenly; choose a divisor of {size // packed}."
             )
-        cut = Cut(dim=dim, size=size, packed=packed, rank=self.rank, num_ranks=self.number, group=self.group)
+        group = None if self.mesh is None else self.mesh.get_group()
+        cut = Cut(dim=dim, size=size, packed=packed, rank=self.rank, num_ranks=self.number, group=group)
         part = whole.narrow(dim, 0, cut.length)
         setattr(module, name, nn.Parameter(torch.empty_like(part), requires_grad=False))
         return cut
@@ -178,8 +180,11 @@ def _check_heads(stage: DecoderStage, plan: dict[str, str], number: int) -> None
 
 
 def _shard_module(stage: DecoderStage, name: str, module: nn.Module, plan: dict[str, str], ranks: _Ranks) -> None:
-    """Cuts what one module holds itself, and makes its output whole again if the plan says so."""
+    """Cuts what one module holds itself, and lets transformers run it so."""
     style = plan.get(_wildcard(name))
+    if style in _COLUMNS and ranks.mesh is not None:
+        _check_style(style, name, module, ranks.mesh)
+    is_cut = False
     for key, parameter in list(module.named_parameters(recurse=False)):
         own = plan.get(_wildcard(f"{name}.{key}"), style)
         dim = None if own is None else _dimension(own, parameter)
@@ -187,15 +192,22 @@ def _shard_module(stage: DecoderStage, name: str, module: nn.Module, plan: dict[
             head = module is stage.model.get_output_embeddings()
             packed = 2 if own == _PACKED else 1
             stage.cuts[f"{name}.{key}"] = ranks.cut(module, key, dim, packed=packed, uneven=head)
-    if style == _EXPERTS and any(cut.startswith(f"{name}.") for cut in stage.cuts):
-        module.forward = _summed(module.forward, ranks.group)
-    cut = stage.cuts.get(f"{name}.weight")
-    if cut is None:
+            is_cut = True
+    if not is_cut or style is None or ranks.mesh is None:
         return
-    if style in _GATHERED:
-        module.forward = _gathered(module.forward, cut)
-    elif style in _ROWS:
-        module.forward = _row_product(module, cut, split=style in _SPLIT)
+    if style == _EXPERTS:
+        AllReduceParallel().install_forward(module, ranks.mesh)  # each rank has a part of every expert
+    else:
+        ALL_PARALLEL_STYLES[style].install_forward(module, ranks.mesh)
+
+
+def _check_style(style: str, name: str, module: nn.Module, mesh: DeviceMesh) -> None:
+    """What transformers' style itself refuses; before 5.23, a gathered output that ranks can't share evenly."""
+    for key in module._parameters:
+        try:
+            ALL_PARALLEL_STYLES[style].validate_param(module, key, mesh, parameter_name=f"{name}.{key}")
+        except ValueError as error:
+            raise WorkloadError(f"{error} Choose a divisor, or install a newer transformers.") from None
 
 
 def _dimension(style: str, parameter: torch.Tensor) -> int | None:
@@ -217,51 +229,20 @@ def _wildcard(name: str) -> str:
     return re.sub(r"\.\d+(?=\.|$)", ".*", name)
 
 
-def _looked_up(table: nn.Module, cut: Cut) -> Callable[[torch.Tensor], torch.Tensor]:
-    """An embedding's rows from whichever rank holds them."""
-    original, ((low, high),) = table.forward, cut.spans
+def _looked_up(table: nn.Module, cut: Cut, mesh: DeviceMesh) -> Callable[[torch.Tensor], torch.Tensor]:
+    """An embedding's rows from whichever rank holds them, and what the embedding makes of them."""
+    original = table.forward
 
     def forward(ids: torch.Tensor) -> torch.Tensor:
-        elsewhere = (ids < low) | (ids >= high)
-        rows = original((ids - low).masked_fill(elsewhere, 0)).masked_fill(elsewhere.unsqueeze(-1), 0)
-        dist.all_reduce(rows, group=cut.group)
-        return rows
-
-    return forward
-
-
-def _gathered(original: Callable[[torch.Tensor], torch.Tensor], cut: Cut) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Columns of all ranks; short parts are filled up for the exchange."""
-    chunk = cut.of(0).length
-
-    def forward(value: torch.Tensor) -> torch.Tensor:
-        own = original(value)
-        own = functional.pad(own, (0, chunk - own.shape[-1])).contiguous()
-        parts = own.new_empty(cut.num_ranks * own.shape[0], *own.shape[1:])
-        dist.all_gather_into_tensor(parts, own, group=cut.group)
-        return parts.view(cut.num_ranks, *own.shape).movedim(0, -2).flatten(-2)[..., : cut.size]
-
-    return forward
-
-
-def _row_product(linear: nn.Module, cut: Cut, *, split: bool) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A product by rows, summed over the ranks, and then the bias; of a whole input each rank takes its columns."""
-    ((low, high),) = cut.spans
-
-    def forward(value: torch.Tensor) -> torch.Tensor:
-        product = functional.linear(value[..., low:high] if split else value, linear.weight)
-        dist.all_reduce(product, group=cut.group)
-        return product if linear.bias is None else product + linear.bias
-
-    return forward
-
-
-def _summed(original: Callable[..., torch.Tensor], group: Any) -> Callable[..., torch.Tensor]:
-    """A module whose output is this rank's part of a sum."""
-
-    def forward(*values: Any, **named: Any) -> torch.Tensor:
-        output = original(*values, **named)
-        dist.all_reduce(output, group=group)
-        return output
+        part = table.weight
+        shape = (cut.size, part.shape[1])
+        table._parameters["weight"] = DTensor.from_local(
+            part, mesh, [Shard(0)], run_check=False, shape=torch.Size(shape), stride=(part.shape[1], 1)
+        )
+        try:
+            rows = original(DTensor.from_local(ids, mesh, [Replicate()], run_check=False))
+        finally:
+            table._parameters["weight"] = part
+        return rows.redistribute(placements=[Replicate()]).to_local()
 
     return forward
