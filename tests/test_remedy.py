@@ -183,7 +183,7 @@ def test_remedies_hold_for_random_models(profile: ModelProfile, cluster: Cluster
         pytest.fail(f"a remedy can't be tried: {error}")
 
 
-@settings(STEADY, phases=[Phase.generate], max_examples=200)
+@settings(STEADY, phases=[Phase.generate], max_examples=80)
 @given(profiles(min_layers=2, max_layers=5), clusters(max_devices=3), workloads() | workloads(cut=False), st.data())
 def test_contradictions_are_resolved_by_what_is_said(
     profile: ModelProfile, cluster: Cluster, workload: Workload, data: st.DataObject

@@ -40,9 +40,9 @@ def cuts_of(family: str, world: int) -> tuple[tuple[int, ...], ...]:
     whole, half = CUTS[world][number % len(CUTS[world])], HALF_CUTS[world][number % len(HALF_CUTS[world])]
     if family in WHOLE:
         return (whole,)
-    if world == 4:  # the processes outnumber the cores; families take turns
-        return (whole,) if number % 2 else (half,)
-    return whole, half
+    return (
+        (whole,) if (number + world // 4) % 2 else (half,)
+    )  # families take turns, others with 4 processes than with 2
 
 
 # --- every rank --------------------------------------------------------------------------------------------------

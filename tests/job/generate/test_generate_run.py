@@ -6,7 +6,6 @@ import inspect
 import json
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -222,18 +221,3 @@ def test_a_rank_is_killed_while_decoding_and_the_job_goes_on(
         assert records[record["index"]]["token_ids"] == record["token_ids"]
     some = {index: texts[index] for index in range(0, len(texts), 9)}
     assert [records[index]["token_ids"] for index in some] == expected(some, do_sample=False, max_new_tokens=60)
-
-
-def test_an_option_that_a_pipeline_can_not_follow_is_named_once(command: Command, model: Path, tmp_path: Path) -> None:
-    """By the ranks, before they load; one process tells."""
-    changed = shutil.copytree(model, tmp_path / "model")
-    (changed / "generation_config.json").write_text(json.dumps({"num_beams": 4}), encoding="utf-8")
-    prompts = jsonl(tmp_path / "prompts.jsonl", ["abc"], ["a"])
-    files = ("--prompts", prompts, "--output", tmp_path / "out.jsonl")
-    ended = command("generate", changed, *files, "--max-new-tokens", 4, "--stages", 1)
-    assert ended.returncode == 2
-    errors = [line for line in ended.stderr.splitlines() if line.startswith("error")]
-    assert len(errors) == 1
-    assert "num_beams=4 is not supported" in errors[0]
-    assert "Traceback" not in ended.stderr
-    assert not (tmp_path / "out.jsonl").exists()

@@ -113,7 +113,13 @@ def assert_likelihoods_are_close(job: ScoreJob, records: list[dict[str, Any]]) -
 def test_a_crash_before_the_rename_leaves_nothing_to_score(command: Command, tiny: Path, tmp_path: Path) -> None:
     input_path = jsonl(tmp_path / "documents.jsonl", ["abc", "de"])
     output, report = tmp_path / "scores.jsonl", tmp_path / "figures.json"
-    given: dict[str, Any] = {"directory": tiny, "input_path": input_path, "output": output, "num_stages": 1}
+    given: dict[str, Any] = {
+        "directory": tiny,
+        "input_path": input_path,
+        "output": output,
+        "num_stages": 1,
+        "data_parallel": 1,
+    }
     job = prepare(**dict.fromkeys(inspect.signature(prepare).parameters) | given)
     journal = Journal(output, job.digest, job.documents.ids, Score)
     journal.append({index: Score(num_tokens=3 - index, log_likelihood=-float(index + 1)) for index in range(2)})
