@@ -1,4 +1,4 @@
-"""What is no cluster on the command line, and no count of devices."""
+"""Clusters as the command line names them: what a spec stands for, and what is none."""
 
 from __future__ import annotations
 
@@ -6,9 +6,43 @@ import pytest
 
 from lp_plugin.errors import HardwareError
 from lp_plugin.hardware import Cluster
+from lp_plugin.hardware.catalogue import load_device, load_link, load_network
 from lp_plugin.quantity import shown
 
 NAN, INF = float("nan"), float("inf")
+
+
+def test_parse_a_count():
+    cluster = Cluster.parse("h100-sxm:16")
+    assert cluster == Cluster.homogeneous("h100-sxm", 16) == Cluster.homogeneous(load_device("h100-sxm"), 16)
+    nvlink, network = load_link("h100-sxm"), load_network("h100-sxm")
+    assert cluster.links == (nvlink,) * 7 + (network,) + (nvlink,) * 7
+    assert cluster.node_sizes() == (8, 8)
+    assert cluster.subset(4) == Cluster.parse("h100-sxm:4")
+    assert cluster.subset(12).node_sizes() == (8, 4)
+    assert cluster.subset(1).links == ()
+    assert cluster.subset(1).node_sizes() == (1,)
+
+
+@pytest.mark.parametrize(
+    ("spec", "sizes"),
+    [
+        ("h100-sxm:2x8", (8, 8)),
+        ("h200:1x16", (16,)),
+        ("h200:3x4", (4, 4, 4)),
+        ("l40s:9", (8, 1)),
+        ("mi300x:16", (8, 8)),
+        ("cpu:20", (20,)),
+    ],
+)
+def test_nodes_of_a_spec(spec, sizes):
+    cluster = Cluster.parse(spec)
+    assert cluster.node_sizes() == sizes
+    assert len(cluster.devices) == sum(sizes)
+
+
+def test_nodes_of_one_device_have_only_the_network():
+    assert set(Cluster.parse("h200:4x1").links) == {load_network("h200")}
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,9 @@ from transformers import GenerationConfig
 from lp_plugin.errors import DocumentError, RuntimeEnvironmentError, UnsupportedModelError, WorkloadError
 from lp_plugin.generate.growing_text import GrowingText
 from lp_plugin.generate.planning import plan_generation
+from lp_plugin.generate.settings import check_seed
 from lp_plugin.hardware.device import is_whole
-from lp_plugin.integrations.deepspeed.generation.generate import check_prompts, check_seed, release
+from lp_plugin.integrations.deepspeed.generation.generate import check_prompts, release
 from lp_plugin.integrations.deepspeed.generation.sampling import complete_config, make_sampling
 from lp_plugin.integrations.transformers.embed import mean_of_tokens, without_head
 from lp_plugin.integrations.transformers.pipeline import HFPipelineModule

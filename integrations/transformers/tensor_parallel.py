@@ -12,10 +12,8 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable
-from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -49,8 +47,8 @@ class Cut:
     """Whose part this is."""
     num_ranks: int
     """Parts."""
-    group: Any
-    """The ranks' process group."""
+    mesh: DeviceMesh | None
+    """The ranks; None if they are only thought of."""
 
     @property
     def spans(self) -> tuple[tuple[int, int], ...]:
@@ -64,10 +62,6 @@ class Cut:
     def length(self) -> int:
         """Of the dimension in this rank's part."""
         return sum(high - low for low, high in self.spans)
-
-    def of(self, rank: int) -> Cut:
-        """The part of another rank."""
-        return dataclasses.replace(self, rank=rank)
 
 
 def shard_stage(stage: DecoderStage, mesh: DeviceMesh) -> None:
@@ -112,7 +106,7 @@ def _shard(stage: DecoderStage, ranks: _Ranks) -> None:
         stage.cuts[name] = ranks.cut(table, "weight", 0, uneven=True)
         table.padding_idx = None  # a row of the whole table, which may lie beyond this part; for gradients alone
         if ranks.mesh is not None:
-            table.forward = _looked_up(table, stage.cuts[name], ranks.mesh)
+            table.forward = _looked_up(table, stage.cuts[name])
     for name, module in list(model.named_modules()):
         if name and module is not model.get_input_embeddings():
             _shard_module(stage, name, module, plan, ranks)
@@ -135,8 +129,7 @@ class _Ranks:
                 f"{type(module).__name__}.{name} is {size // packed} wide, which {self.number} tensor-parallel ranks "
                 f"can't share evenly; choose a divisor of {size // packed}."
             )
-        group = None if self.mesh is None else self.mesh.get_group()
-        cut = Cut(dim=dim, size=size, packed=packed, rank=self.rank, num_ranks=self.number, group=group)
+        cut = Cut(dim=dim, size=size, packed=packed, rank=self.rank, num_ranks=self.number, mesh=self.mesh)
         part = whole.narrow(dim, 0, cut.length)
         setattr(module, name, nn.Parameter(torch.empty_like(part), requires_grad=False))
         return cut
@@ -149,21 +142,17 @@ def whole_tensor(part: torch.Tensor, cut: Cut) -> torch.Tensor:
         part: This rank's.
         cut: How it was cut.
     """
-    parts = [cut.of(rank) for rank in range(cut.num_ranks)]
-    shape = list(part.shape)
-    shape[cut.dim] = parts[0].length
-    own = part.new_zeros(shape)
-    own.narrow(cut.dim, 0, cut.length).copy_(part)
-    received = [torch.empty_like(own) for _ in parts]
-    dist.all_gather(received, own, group=cut.group)
-    shape[cut.dim] = cut.size
-    whole = part.new_empty(shape)
-    for each, tensor in zip(parts, received, strict=True):
-        done = 0
-        for low, high in each.spans:
-            whole.narrow(cut.dim, low, high - low).copy_(tensor.narrow(cut.dim, done, high - low))
-            done += high - low
-    return whole
+    return torch.cat([_shared(block, cut).full_tensor() for block in part.chunk(cut.packed, cut.dim)], cut.dim)
+
+
+def _shared(block: torch.Tensor, cut: Cut) -> DTensor:
+    """This rank's part of one packed block, as torch's tensor over the ranks."""
+    shape = list(block.shape)
+    shape[cut.dim] = cut.size // cut.packed
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(
+        block.contiguous(), cut.mesh, [Shard(cut.dim)], run_check=False, shape=torch.Size(shape), stride=stride
+    )
 
 
 def _check_heads(stage: DecoderStage, plan: dict[str, str], number: int) -> None:
@@ -229,18 +218,15 @@ def _wildcard(name: str) -> str:
     return re.sub(r"\.\d+(?=\.|$)", ".*", name)
 
 
-def _looked_up(table: nn.Module, cut: Cut, mesh: DeviceMesh) -> Callable[[torch.Tensor], torch.Tensor]:
+def _looked_up(table: nn.Module, cut: Cut) -> Callable[[torch.Tensor], torch.Tensor]:
     """An embedding's rows from whichever rank holds them, and what the embedding makes of them."""
     original = table.forward
 
     def forward(ids: torch.Tensor) -> torch.Tensor:
         part = table.weight
-        shape = (cut.size, part.shape[1])
-        table._parameters["weight"] = DTensor.from_local(
-            part, mesh, [Shard(0)], run_check=False, shape=torch.Size(shape), stride=(part.shape[1], 1)
-        )
+        table._parameters["weight"] = _shared(part, cut)
         try:
-            rows = original(DTensor.from_local(ids, mesh, [Replicate()], run_check=False))
+            rows = original(DTensor.from_local(ids, cut.mesh, [Replicate()], run_check=False))
         finally:
             table._parameters["weight"] = part
         return rows.redistribute(placements=[Replicate()]).to_local()

@@ -33,6 +33,7 @@ class Contender:
         return 1 if self.on_one else stages
 
 
+_COMPILED = "lp_plugin compiles a decode step on GPUs alone"
 CONTENDERS = {
     each.name: each
     for each in (
@@ -40,7 +41,7 @@ CONTENDERS = {
         Contender(
             name="ours-compiled",
             what="lp_plugin, {stages} stages, compiled",
-            needs_gpu="lp_plugin compiles a decode step on GPUs alone",
+            needs_gpu=_COMPILED,
         ),
         Contender(name="native-pp", what="transformers' own pipeline, {stages} ranks"),
         Contender(
@@ -63,7 +64,7 @@ CONTENDERS = {
             name="ours-one-gpu-compiled",
             what="lp_plugin on one device, compiled",
             on_one=True,
-            needs_gpu="lp_plugin compiles a decode step on GPUs alone",
+            needs_gpu=_COMPILED,
         ),
         Contender(name="ours-replicas", what="lp_plugin, {stages} replicas on a device each"),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Annotated
 
@@ -39,8 +40,10 @@ def run(
     """Score documents with a pipelined model; interrupted, the same command goes on where it stopped."""
     require("run", "torch", "deepspeed", "transformers")
     from lp_plugin.score.command import score  # noqa: PLC0415 - imports torch
+    from lp_plugin.score.job import prepare  # noqa: PLC0415
 
-    score(
+    prepared = functools.partial(
+        prepare,
         model,
         input_path=input,
         output=output,
@@ -54,6 +57,7 @@ def run(
         timeline=timeline,
         report=report,
     )
+    score(prepared, output=output, timeline=timeline, report=report)
 
 
 @app.command()
@@ -96,8 +100,10 @@ def generate(
     """Continue prompts with a pipelined model; interrupted, the same command goes on where it stopped."""
     require("run", "torch", "deepspeed", "transformers")
     from lp_plugin.generate.command import generate as start  # noqa: PLC0415 - imports torch
+    from lp_plugin.generate.job import prepare  # noqa: PLC0415
 
-    start(
+    prepared = functools.partial(
+        prepare,
         model,
         prompts_path=prompts,
         output=output,
@@ -118,6 +124,7 @@ def generate(
         report=report,
         stream=stream,
     )
+    start(prepared, output=output, report=report)
 
 
 @app.command(

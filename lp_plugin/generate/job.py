@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from lp_plugin.errors import DocumentError, RuntimeEnvironmentError, WorkloadError
-from lp_plugin.generate.settings import checked_settings, settings_key
+from lp_plugin.generate.settings import check_seed, checked_settings, settings_key
 from lp_plugin.hardware import Cluster
 from lp_plugin.job.checks import (
     check_at_least_one,
@@ -30,8 +30,6 @@ from lp_plugin.model import ModelProfile
 from lp_plugin.plan import Plan
 
 __all__ = ["GenerateJob", "prepare"]
-
-_LARGEST_SEED = 2**63  # seeds are 64 bits wide, and each prompt's number is added
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,8 +108,7 @@ def prepare(
         raise WorkloadError(f"--stream follows one pipeline, but --data-parallel is {data_parallel}; leave one out.")
     if compiled and not torch.cuda.device_count():
         raise RuntimeEnvironmentError("--compile needs a GPU: only there decode passes are captured; leave it out.")
-    if not 0 <= seed < _LARGEST_SEED:
-        raise WorkloadError(f"--seed is {seed}; it must be a whole number of 0 to 2^63 - 1.")
+    check_seed(seed, "--seed")
     check_writable(prompts_path, output, report)
     read = read_documents(prompts_path)
     check_replicas(layout, len(read), "prompts")

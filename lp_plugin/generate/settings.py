@@ -9,7 +9,23 @@ from typing import Any
 
 from lp_plugin.errors import ModelConfigError, WorkloadError
 
-__all__ = ["checked_settings", "settings_key"]
+__all__ = ["check_seed", "checked_settings", "settings_key"]
+
+_LARGEST_SEED = 2**63  # seeds are 64 bits wide, and each prompt's number is added
+
+
+def check_seed(seed: object, name: str = "seed") -> None:
+    """Refuses what the last stage alone would find out, in the middle of its first pass.
+
+    Args:
+        seed: Of the first prompt.
+        name: What the user calls it.
+
+    Raises:
+        WorkloadError: If it is no whole number, or leaves no room for the prompts' own.
+    """
+    if not isinstance(seed, int) or not 0 <= seed < _LARGEST_SEED:
+        raise WorkloadError(f"{name} is {seed!r}; it must be a whole number of 0 to 2^63 - 1.")
 
 
 def checked_settings(

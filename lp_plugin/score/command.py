@@ -9,49 +9,24 @@ from lp_plugin.job.figures import write_figures
 from lp_plugin.job.launch import start_job
 from lp_plugin.picture import timeline_picture
 from lp_plugin.report import console
-from lp_plugin.score.job import ScoreJob, prepare
+from lp_plugin.score.job import ScoreJob
 from lp_plugin.score.outcome import Outcome
 
 __all__ = ["score"]
 
 
-def score(
-    directory: Path,
-    *,
-    input_path: Path,
-    output: Path,
-    num_stages: int | None,
-    tensor_parallel: int | None,
-    data_parallel: int,
-    plan_path: Path | None,
-    micro_batch: int | None,
-    dtype: str | None,
-    cluster: str | None,
-    timeline: Path | None,
-    report: Path | None,
-) -> None:
+def score(prepared: Callable[[], ScoreJob], *, output: Path, timeline: Path | None, report: Path | None) -> None:
     """Scores documents; see `lp_plugin.cli.run`.
+
+    Args:
+        prepared: Makes the job; called where it is needed, on one process alone.
+        output: Where the results go.
+        timeline: Where a picture of what each stage did when goes, if anywhere.
+        report: Where the figures go, if anywhere.
 
     Raises:
         LpPluginError: Any of its kinds; finished documents are kept in ``OUTPUT.partial``.
     """
-
-    def prepared() -> ScoreJob:
-        return prepare(
-            directory,
-            input_path=input_path,
-            output=output,
-            num_stages=num_stages,
-            tensor_parallel=tensor_parallel,
-            data_parallel=data_parallel,
-            plan_path=plan_path,
-            micro_batch=micro_batch,
-            dtype=dtype,
-            cluster=cluster,
-            timeline=timeline,
-            report=report,
-        )
-
     outcome = start_job(prepared, _run_rank)
     if outcome is not None:
         _show(outcome, output, timeline, report)

@@ -28,7 +28,7 @@ def saved(source: Path, target: Path, dtype: torch.dtype = torch.float32, *, hea
     return target
 
 
-def same(ours: Path, theirs: Path) -> None:
+def assert_same(ours: Path, theirs: Path) -> None:
     """Tensors, their names and precisions, and the configuration."""
     found, expected = (load_file(folder / "model.safetensors") for folder in (ours, theirs))
     assert found.keys() == expected.keys()
@@ -45,7 +45,7 @@ def test_saved_is_what_transformers_saves(tmp_path: Path, family: str, dtype: to
     make_model(make_config(family, 3)).save_pretrained(tmp_path / "source")
     whole = AutoModelForCausalLM.from_pretrained(tmp_path / "source", dtype=dtype)
     whole.save_pretrained(tmp_path / "theirs")
-    same(saved(tmp_path / "source", tmp_path / "ours", dtype), tmp_path / "theirs")
+    assert_same(saved(tmp_path / "source", tmp_path / "ours", dtype), tmp_path / "theirs")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype=dtype)
     assert again.state_dict().keys() == whole.state_dict().keys()
     for name, tensor in whole.state_dict().items():
@@ -56,19 +56,19 @@ def test_saved_is_what_transformers_saves(tmp_path: Path, family: str, dtype: to
 def test_encoder(tmp_path: Path) -> None:
     config = AutoConfig.for_model("bert", **BERT, num_hidden_layers=3)
     AutoModel.from_config(config, add_pooling_layer=False).save_pretrained(tmp_path / "source")
-    same(saved(tmp_path / "source", tmp_path / "ours"), tmp_path / "source")
+    assert_same(saved(tmp_path / "source", tmp_path / "ours"), tmp_path / "source")
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "opt"])
 def test_without_head(tmp_path: Path, family: str) -> None:
     make_model(make_config(family, 2)).base_model.save_pretrained(tmp_path / "source")
-    same(saved(tmp_path / "source", tmp_path / "ours", head=False), tmp_path / "source")
+    assert_same(saved(tmp_path / "source", tmp_path / "ours", head=False), tmp_path / "source")
 
 
 def test_layout_that_was_loaded_is_kept(tmp_path: Path) -> None:
     """Fused experts stay fused."""
     make_model(make_config("mixtral", 2)).save_pretrained(tmp_path / "source", save_original_format=False)
-    same(saved(tmp_path / "source", tmp_path / "ours"), tmp_path / "source")
+    assert_same(saved(tmp_path / "source", tmp_path / "ours"), tmp_path / "source")
 
 
 def test_head_of_its_own_is_saved(tmp_path: Path) -> None:
@@ -101,7 +101,7 @@ def test_what_a_save_that_was_killed_left_is_replaced(tmp_path: Path) -> None:
     make_model(make_config("llama", 1)).save_pretrained(tmp_path / "source")
     (tmp_path / ".ours.unfinished").mkdir()
     (tmp_path / ".ours.unfinished" / "model-00001-of-00002.safetensors").write_text("half")
-    same(saved(tmp_path / "source", tmp_path / "ours"), tmp_path / "source")
+    assert_same(saved(tmp_path / "source", tmp_path / "ours"), tmp_path / "source")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["ours", "source"]
 
 
@@ -111,7 +111,7 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
     for target in (tmp_path / "source", tmp_path / "source" / "config.json", Path("/dev/null")):
         with pytest.raises(InvalidInputError, match=rf"{target} is there already"):
             saved(tmp_path / "source", target)
-    same(tmp_path / "source", tmp_path / "before")
+    assert_same(tmp_path / "source", tmp_path / "before")
 
 
 def test_directory_that_cannot_be_made(tmp_path: Path) -> None:

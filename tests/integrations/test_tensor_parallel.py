@@ -32,7 +32,7 @@ def test_parts_are_those_of_chunk(size: int, num_ranks: int) -> None:
     for packed in (each for each in (1, 2) if size % each == 0):
         blocks = [torch.chunk(block, num_ranks) for block in torch.chunk(numbers, packed)]
         for rank in range(num_ranks):
-            cut = Cut(dim=0, size=size, packed=packed, rank=rank, num_ranks=num_ranks, group=None)
+            cut = Cut(dim=0, size=size, packed=packed, rank=rank, num_ranks=num_ranks, mesh=None)
             expected = [block[rank].tolist() if rank < len(block) else [] for block in blocks]
             assert [list(range(*span)) for span in cut.spans] == expected
             assert cut.length == sum(len(part) for part in expected)

@@ -10,6 +10,7 @@ import torch
 from transformers import GenerationConfig
 
 from lp_plugin.errors import WorkloadError
+from lp_plugin.generate.settings import check_seed
 from lp_plugin.integrations.deepspeed.generation.passes import Passes, Work
 from lp_plugin.integrations.deepspeed.generation.results import Listener, Results
 from lp_plugin.integrations.deepspeed.generation.sampling import complete_config, make_sampling
@@ -18,9 +19,7 @@ from lp_plugin.integrations.deepspeed.generation.slots import make_groups, take_
 from lp_plugin.integrations.deepspeed.generation.station import Station
 from lp_plugin.integrations.transformers.runnable import check_runnable
 
-__all__ = ["check_prompts", "check_seed", "generate", "release"]
-
-_LARGEST_SEED = 2**63  # seeds are 64 bits wide, and each prompt's index is added
+__all__ = ["check_prompts", "generate", "release"]
 
 
 def generate(
@@ -138,16 +137,6 @@ def _check(prompts: Sequence[Sequence[int]], indices: Sequence[int], micro_batch
     for name, value in (("micro_batch", micro_batch), ("num_slots", num_slots)):
         if value < 1:
             raise WorkloadError(f"{name} is {value}; it must be at least 1.")
-
-
-def check_seed(seed: int) -> None:
-    """Refuses what the last stage alone would find out, in the middle of its first pass.
-
-    Raises:
-        WorkloadError: If a seed is no whole number, or leaves no room for the prompts' own.
-    """
-    if not isinstance(seed, int) or not 0 <= seed < _LARGEST_SEED:
-        raise WorkloadError(f"seed is {seed!r}; it must be a whole number of 0 to 2^63 - 1.")
 
 
 def check_prompts(prompts: Sequence[Sequence[int]], indices: Sequence[int], new_tokens: int, model_config: Any) -> None:

@@ -80,8 +80,7 @@ class Station:
         """
         kind = (rows, length, sampling.plain, sampling.ends, sampling.padding, sampling.min_new_tokens, compiled)
         if kind != self._kind:
-            self.slots.clear()
-            self.letters.clear()
+            self.release()
             self._kind = kind
         for slot in self.slots:
             if slot.chooser is not None:
