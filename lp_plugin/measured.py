@@ -33,6 +33,8 @@ class LayerTimes:
     (CPU)."""
     launch_seconds: float
     """Host seconds to launch one pass of a block eagerly; 0 where launches do not run ahead (CPU)."""
+    pass_seconds: float = 0.0
+    """What a pass of a stage takes besides its layers, once, however many it has: masks, rotary tables, launching."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,14 +97,16 @@ class TimeSplit:
     """At least one computing kernel ran."""
     communication_seconds: float
     """At least one communication kernel ran, waiting for the peer included."""
-    transfer_seconds: float
-    """The part of it in which all peers of the message were there, so that bytes could move."""
+    transfer_seconds: float | None
+    """The part of it in which all peers of the message were there, so that bytes could move; None if not known."""
     overlap_seconds: float
     """Compute and communication at once."""
     idle_seconds: float
     """Neither: the bubble as the device sees it."""
+    exposed_transfer_seconds: float | None = None
+    """The part of ``transfer_seconds`` beside which nothing computed; None if not known."""
     spans: tuple[Span, ...] = ()
-    """What it is made of; the first few thousand."""
+    """What it is made of, neighbours merged until a few thousand are left."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,13 +2,17 @@
 
 The forward schedule is a flow shop: every micro-batch passes the stages in order, a stage works on one
 micro-batch at a time, in order. With constant stage times its makespan is
-``sum(stage_seconds) + (num_micro_batches - 1) * max(stage_seconds)``.
+``sum(stage_seconds) + (num_micro_batches - 1) * max(stage_seconds)``. Hops that run beside compute make each link
+a machine of its own between two stages.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+from lp_plugin.errors import WorkloadError
 
 __all__ = [
     "Interval",
@@ -16,6 +20,8 @@ __all__ = [
     "bubble_fraction",
     "forward_timeline",
     "makespan_seconds",
+    "overlapped_seconds",
+    "overlapped_timeline",
     "ring_seconds",
 ]
 
@@ -47,6 +53,27 @@ def ring_seconds(stage_seconds: Sequence[float], num_micro_batches: int) -> floa
     A micro-batch's next token waits for its own trip through all stages; a stage waits for all micro-batches.
     """
     return max(sum(stage_seconds), num_micro_batches * max(stage_seconds))
+
+
+def overlapped_seconds(stage_seconds: Sequence[float], hop_seconds: Sequence[float], num_micro_batches: int) -> float:
+    """Seconds from the first micro-batch's start to the last one's end if hops run beside compute.
+
+    A stage goes on with the next micro-batch while its output travels; each boundary's link carries one micro-batch at
+    a time. Not modelled: what a transfer takes from compute (memory bandwidth, multiprocessors).
+
+    Args:
+        stage_seconds: Seconds of each stage for one micro-batch.
+        hop_seconds: Seconds of each boundary's transfer, one fewer than stages.
+        num_micro_batches: Micro-batches that every stage works on.
+
+    Raises:
+        WorkloadError: If the numbers of hops and stages don't match.
+
+    Example:
+        >>> overlapped_seconds([2.0, 3.0], [1.0], 4)
+        15.0
+    """
+    return makespan_seconds(_chain(stage_seconds, hop_seconds), num_micro_batches)
 
 
 def bubble_fraction(stage_seconds: Sequence[float], num_micro_batches: int, whole_seconds: float) -> float:
@@ -81,3 +108,35 @@ def forward_timeline(stage_seconds: Sequence[float], num_micro_batches: int) -> 
             free = ready[micro_batch] = start + seconds
             intervals.append(Interval(stage=stage, micro_batch=micro_batch, start_seconds=start, stop_seconds=free))
     return intervals
+
+
+def overlapped_timeline(
+    stage_seconds: Sequence[float], hop_seconds: Sequence[float], num_micro_batches: int
+) -> list[Interval]:
+    """When each stage computes and sends each micro-batch as in `overlapped_seconds`, earliest possible.
+
+    Args:
+        stage_seconds: Seconds of each stage for one micro-batch.
+        hop_seconds: Seconds of each boundary's transfer, one fewer than stages.
+        num_micro_batches: Micro-batches that every stage works on.
+
+    Returns:
+        In order of stage, first its compute, then its transfers (``send``), each in order of micro-batch.
+
+    Raises:
+        WorkloadError: If the numbers of hops and stages don't match.
+    """
+    return [
+        dataclasses.replace(interval, stage=interval.stage // 2, kind="send" if interval.stage % 2 else "forward")
+        for interval in forward_timeline(_chain(stage_seconds, hop_seconds), num_micro_batches)
+    ]
+
+
+def _chain(stage_seconds: Sequence[float], hop_seconds: Sequence[float]) -> list[float]:
+    """Stages and the links between them, in the order in which a micro-batch passes them."""
+    if len(hop_seconds) != len(stage_seconds) - 1:
+        raise WorkloadError(
+            f"{len(hop_seconds)} hops for {len(stage_seconds)} stages; give one for each boundary between two stages."
+        )
+    pairs = zip(stage_seconds, [*hop_seconds, 0.0], strict=True)
+    return [seconds for pair in pairs for seconds in pair][:-1]

@@ -147,6 +147,72 @@ def simulate(stage_seconds: Sequence[float], num_micro_batches: int, rounds: int
 
 
 @dataclass(frozen=True, order=True)
+class Passage:
+    """One micro-batch on one stage, or on the link behind it, as simulated."""
+
+    stage: int
+    kind: str
+    micro_batch: int
+    start: float
+    stop: float
+
+
+def simulate_overlapped(
+    stage_seconds: Sequence[float], hop_seconds: Sequence[float], num_micro_batches: int, buffers: float = INFINITE
+) -> list[Passage]:
+    """Events of a forward pipeline whose links work beside its stages, sorted.
+
+    A stage needs a free buffer for its output, which is free again when it has been sent; a link needs one for what
+    it brings, which is free again when the next stage has computed with it.
+    """
+    stages = len(stage_seconds)
+    ready: dict[tuple[int, str], deque[int]] = {
+        (s, kind): deque() for s in range(stages) for kind in ("forward", "send")
+    }
+    ready[0, "forward"].extend(range(num_micro_batches))
+    outputs, inputs = [0] * stages, [0] * (stages + 1)
+    busy: set[tuple[int, str]] = set()
+    ends: list[tuple[float, int, Passage]] = []
+    passages = []
+    order = itertools.count()
+
+    def may_start(stage: int, kind: str) -> bool:
+        if not ready[stage, kind] or (stage, kind) in busy:
+            return False
+        if kind == "forward":
+            return stage == stages - 1 or outputs[stage] < buffers
+        return inputs[stage + 1] < buffers
+
+    def start_what_can(now: float) -> None:
+        for stage, kind in itertools.product(range(stages), ("forward", "send")):
+            if may_start(stage, kind):
+                busy.add((stage, kind))
+                seconds = stage_seconds[stage] if kind == "forward" else hop_seconds[stage]
+                passage = Passage(stage, kind, ready[stage, kind].popleft(), now, now + seconds)
+                passages.append(passage)
+                heapq.heappush(ends, (passage.stop, next(order), passage))
+                if kind == "forward":
+                    outputs[stage] += 1
+                else:
+                    inputs[stage + 1] += 1
+
+    start_what_can(0.0)
+    while ends:
+        now, _, done = heapq.heappop(ends)
+        busy.remove((done.stage, done.kind))
+        if done.kind == "send":
+            outputs[done.stage] -= 1
+            ready[done.stage + 1, "forward"].append(done.micro_batch)
+        else:
+            inputs[done.stage] -= 1
+            if done.stage < stages - 1:
+                ready[done.stage, "send"].append(done.micro_batch)
+        start_what_can(now)
+        start_what_can(now)
+    return sorted(passages)
+
+
+@dataclass(frozen=True, order=True)
 class BestPlan:
     """The best partition for an objective; the smallest is the best."""
 

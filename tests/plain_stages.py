@@ -215,10 +215,14 @@ class PlainStages:
             measured += forward if self.workload.checkpointing else 0
             measured += 2 * forward if backward is None else backward
         there = self.profile.measured_on
-        if there is None or there.name == device.name:
-            return measured
-        slowest = self._roofline(layer, there, len(there.tiers) - 1)
-        return measured * roofline / slowest if slowest else measured
+        elsewhere = there is not None and there.name != device.name
+        slowest = self._roofline(layer, there, len(there.tiers) - 1) if elsewhere else 0
+        found = measured * roofline / slowest if slowest else measured
+        near = layer.resident_seconds
+        if near is None or self._train or tier > 0 or len(device.tiers) == 1:
+            return found
+        fastest = self._roofline(layer, there, 0) if elsewhere else 0
+        return min(found, near * roofline / fastest if fastest else near)
 
     def _roofline(self, layer: LayerCost, device: Device, tier: int) -> float:
         workload = self.workload

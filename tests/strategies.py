@@ -65,6 +65,7 @@ def layers(draw: st.DrawFn, index: int, shared: int) -> LayerCost:
         all_reduce_bytes_per_token=float(draw(COUNTS)),
         seconds=seconds,
         backward_seconds=draw(st.sampled_from([None, 5.0])) if seconds else None,
+        resident_seconds=draw(st.sampled_from([None, 2.0, 4.0])) if seconds else None,
     )
 
 

@@ -246,6 +246,32 @@ def test_measured_seconds_are_scaled_to_other_devices() -> None:
     assert seconds == [[5, 3, 2], [5 / 4, 3 / 2, 2]]
 
 
+def test_resident_seconds_are_scaled_as_the_first_tier() -> None:
+    """They count where the stage fits it, and only there; nothing fits a tier that the device lacks."""
+    here = Cluster.homogeneous("h200", 1).devices[0]
+    cache, memory = here.tiers
+    slower = dataclasses.replace(cache, bandwidth_bytes_per_second=0.8 * cache.bandwidth_bytes_per_second)
+    other = dataclasses.replace(here, name="other", tiers=(slower, memory))
+    plain = dataclasses.replace(here, tiers=(memory,))
+    kept = int(0.6 * cache.usable_bytes)
+    layers = tuple(
+        LayerCost(name=name, weight_bytes=kept, weight_traffic_bytes=kept, seconds=9.0, resident_seconds=2.0)
+        for name in ("one", "two")
+    )
+    profile = ModelProfile(name="measured", layers=layers, dtype="float16", measured_on=here)
+    starts, stops = np.array([0, 0]), np.array([1, 2])
+    one, two = (
+        stage_tables(profile, Cluster.homogeneous(used, 1), Workload(batch=1, sequence=1, micro_batch=1))[0]
+        .compute(starts, stops)
+        .tolist()
+        for used in (here, other)
+    )
+    assert one == [2, 18]
+    assert two == pytest.approx([2 / 0.8, 18])
+    [alone] = stage_tables(profile, Cluster.homogeneous(plain, 1), Workload(batch=1, sequence=1, micro_batch=1))
+    assert alone.compute(starts, stops).tolist() == [9, 18]
+
+
 def test_equal_layers_cost_the_same_in_any_order() -> None:
     """Sums of tenths differ by their order; on the grid they don't."""
     costs = [0.1, 0.2, 0.3, 0.7, 0.1, 0.3, 0.2, 0.7, 1e-9, 0.1, 0.1, 0.2, 0.3, 0.7, 1e-9]

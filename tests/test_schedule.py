@@ -5,20 +5,28 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from oracles import simulate
+from oracles import simulate, simulate_overlapped
 from strategies import STEADY
 
 from lp_plugin import Cluster, Link, ModelProfile, Workload, make_plan
+from lp_plugin.errors import WorkloadError
 from lp_plugin.schedule import (
     bubble_bound,
     bubble_fraction,
     forward_timeline,
     makespan_seconds,
+    overlapped_seconds,
+    overlapped_timeline,
     ring_seconds,
 )
 
 FREE = Link(name="free", bandwidth_bytes_per_second=1.0, latency_seconds=0.0)
 SECONDS = st.lists(st.integers(0, 20), min_size=1, max_size=6)
+WITH_HOPS = SECONDS.flatmap(
+    lambda stages: st.tuples(
+        st.just(stages), st.lists(st.integers(0, 20), min_size=len(stages) - 1, max_size=len(stages) - 1)
+    )
+)
 
 
 @STEADY
@@ -57,6 +65,39 @@ def test_ring_is_the_pace_of_a_simulation_that_never_drains(seconds: list[int], 
     whole = max(visit.stop for visit in simulate(seconds, micro_batches, rounds))
     start_up = makespan_seconds(seconds, micro_batches)
     assert 0 <= whole - rounds * ring_seconds(seconds, micro_batches) <= start_up
+
+
+@STEADY
+@given(WITH_HOPS, st.integers(1, 12))
+def test_hops_beside_compute_take_as_long_as_simulated(
+    seconds: tuple[list[int], list[int]], micro_batches: int
+) -> None:
+    """Two buffers at each end of a link are enough: more of them make nothing faster."""
+    expected = max(passage.stop for passage in simulate_overlapped(*seconds, micro_batches))
+    assert overlapped_seconds(*seconds, micro_batches) == expected
+    assert max(passage.stop for passage in simulate_overlapped(*seconds, micro_batches, buffers=2)) == expected
+
+
+@STEADY
+@given(WITH_HOPS, st.integers(1, 8))
+def test_timeline_with_hops_is_that_of_the_simulation(seconds: tuple[list[int], list[int]], micro_batches: int) -> None:
+    simulated = [
+        (p.stage, p.kind, p.micro_batch, p.start, p.stop) for p in simulate_overlapped(*seconds, micro_batches)
+    ]
+    timeline = overlapped_timeline(*seconds, micro_batches)
+    assert [(i.stage, i.kind, i.micro_batch, i.start_seconds, i.stop_seconds) for i in timeline] == simulated
+
+
+@STEADY
+@given(SECONDS, st.integers(1, 12))
+def test_hops_that_take_no_time_change_nothing(seconds: list[int], micro_batches: int) -> None:
+    nothing = [0.0] * (len(seconds) - 1)
+    assert overlapped_seconds(seconds, nothing, micro_batches) == makespan_seconds(seconds, micro_batches)
+
+
+def test_every_boundary_has_a_hop() -> None:
+    with pytest.raises(WorkloadError, match=r"2 hops for 2 stages; give one for each boundary"):
+        overlapped_seconds([1.0, 1.0], [1.0, 1.0], 2)
 
 
 @pytest.mark.parametrize(("stages", "micro_batches", "share"), [(1, 1, 1.0), (2, 1, 0.5), (4, 12, 0.8)])

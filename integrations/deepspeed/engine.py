@@ -198,9 +198,14 @@ class InstructionTimer:
 
 
 def stage_alone_seconds(
-    stage: Callable[[Any], Any], inputs: Any, *, warm_up_seconds: float = 0.0, group: Any = None
+    stage: Callable[[Any], Any],
+    inputs: Any,
+    *,
+    warm_up_seconds: float = 0.0,
+    group: Any = None,
+    repeats: int = 7,
 ) -> float:
-    """Median seconds of 7 passes of this rank's stage over one micro-batch, without pipeline or neighbours.
+    """Median seconds of passes of this rank's stage over one micro-batch, without pipeline or neighbours.
 
     Args:
         stage: This rank's layers.
@@ -208,11 +213,12 @@ def stage_alone_seconds(
         warm_up_seconds: Passes to warm up take at least this long (GPUs lower their clocks under sustained load),
             and are at least 2.
         group: Ranks that share the stage's layers and all call this; each pass takes as long as the slowest of them.
+        repeats: Passes measured.
     """
     seconds: list[float] = []
     warm_up = 2
     with torch.no_grad():
-        while len(seconds) < warm_up + 7:
+        while len(seconds) < warm_up + repeats:
             synchronize()
             start = time.perf_counter()
             stage(inputs)
@@ -220,7 +226,7 @@ def stage_alone_seconds(
             seconds.append(_slowest(time.perf_counter() - start, group))
             if sum(seconds) < warm_up_seconds:
                 warm_up = len(seconds)
-    return statistics.median(seconds[-7:])
+    return statistics.median(seconds[-repeats:])
 
 
 def _slowest(seconds: float, group: Any) -> float:

@@ -201,15 +201,14 @@ class DecoderStage(nn.Module):
             The activation [rows, tokens, hidden]; after the head the logits [rows, 1, vocabulary] of the last position.
         """
         attends = self._num_attentions > 0
-        with NoHostConstants() if self.model.config.model_type in _HOST_CONSTANTS else contextlib.nullcontext():
-            return self._run(
-                hidden,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                past_key_values=cache if attends else None,
-                use_cache=attends,
-                **({"logits_to_keep": 1} if self.has_head else {}),
-            )
+        return self._run(
+            hidden,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=cache if attends else None,
+            use_cache=attends,
+            **({"logits_to_keep": 1} if self.has_head else {}),
+        )
 
     @property
     def capturable(self) -> bool:
@@ -232,9 +231,10 @@ class DecoderStage(nn.Module):
     def _run(self, hidden: torch.Tensor, **inputs: Any) -> torch.Tensor:
         """The forward pass, by transformers."""
         inputs["input_ids" if self.has_embedding else "inputs_embeds"] = hidden
-        if self.has_head:
-            return self.model(**inputs).logits
-        return self._decoder(**inputs).last_hidden_state
+        with NoHostConstants() if self.model.config.model_type in _HOST_CONSTANTS else contextlib.nullcontext():
+            if self.has_head:
+                return self.model(**inputs).logits
+            return self._decoder(**inputs).last_hidden_state
 
     def _keep_blocks(self, stack: nn.Module, parts: dict[int, set[str]]) -> None:
         """Keeps the stage's own blocks, or halves of them, and numbers their caches from 0."""

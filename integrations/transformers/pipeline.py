@@ -90,7 +90,7 @@ class HFPipelineModule(PipelineModule):
         _check_world(num_stages, tensor_parallel, data_parallel)
         self.directory = Path(directory)
         self.hf_config = AutoConfig.from_pretrained(self.directory, local_files_only=True)
-        check_checkpoint(self.hf_config, self.directory, head=head)
+        self._check_files(head)
         granularity = "layer" if plan is None else plan.granularity
         profile = ModelProfile.from_config(self.directory, dtype=dtype, granularity=granularity)
         self.lp_profile = profile.sharded(tensor_parallel) if tensor_parallel > 1 else profile
@@ -194,9 +194,17 @@ class HFPipelineModule(PipelineModule):
         stage.eval()
         return self.with_loss(stage) if stage.has_head else stage
 
+    def _check_files(self, head: bool) -> None:
+        """Refuses weights that don't fill the model, before anything is built."""
+        check_checkpoint(self.hf_config, self.directory, head=head)
+
+    def _load(self, stage: DecoderStage) -> None:
+        """Gives a stage that has no memory yet its weights."""
+        load_stage(stage, self.directory, self.device, self.torch_dtype)
+
     def _build(self) -> None:
         stage = self._make_stage(self._local_start, self._local_stop)
-        load_stage(stage, self.directory, self.device, self.torch_dtype)
+        self._load(stage)
         stage.eval()
         self.forward_funcs.append(stage)
         self.fwd_map["stage"] = 0

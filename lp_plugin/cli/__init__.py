@@ -1,4 +1,4 @@
-"""The command line: ``lp-plugin plan | explain | score | sweep | export | run | generate | launch | bench``.
+"""The command line: planning, running, measuring; `lp-plugin --help` lists the commands.
 
 Every deliberate error ends with one message and exit code 2.
 """
@@ -8,8 +8,9 @@ from __future__ import annotations
 import sys
 
 from lp_plugin.cli.app import app
-from lp_plugin.cli.benching import bench_generate, bench_planner
+from lp_plugin.cli.benching import bench_experiment, bench_generate, bench_planner, bench_report
 from lp_plugin.cli.exchange import export, score
+from lp_plugin.cli.measuring import calibrate, profile
 from lp_plugin.cli.planning import explain, plan
 from lp_plugin.cli.running import generate, launch, run
 from lp_plugin.cli.sweeping import sweep
@@ -17,14 +18,18 @@ from lp_plugin.errors import LpPluginError
 
 __all__ = [
     "app",
+    "bench_experiment",
     "bench_generate",
     "bench_planner",
+    "bench_report",
+    "calibrate",
     "explain",
     "export",
     "generate",
     "launch",
     "main",
     "plan",
+    "profile",
     "run",
     "score",
     "sweep",

@@ -1,4 +1,4 @@
-"""Benchmarks, each side by side in one run: ``bench planner``, ``bench generate``."""
+"""Benchmarks, each side by side in one run: ``bench FILE.toml``, ``bench planner``, ``bench generate``."""
 
 from __future__ import annotations
 
@@ -7,9 +7,45 @@ from typing import Annotated
 
 import typer
 
-from lp_plugin.cli.app import bench, console, require
+from lp_plugin.cli.app import EXPERIMENT, bench, console, require
 
-__all__ = ["bench_generate", "bench_planner"]
+__all__ = ["bench_experiment", "bench_generate", "bench_planner", "bench_report"]
+
+_Tables = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--table",
+        metavar="NAME",
+        help="Only this one, and what it needs; may come several times. One of: performance, time-split, "
+        "memory-access, footprint, consistency, scaling. Left out: all.",
+    ),
+]
+
+
+@bench.command(EXPERIMENT)
+def bench_experiment(
+    file: Annotated[Path, typer.Argument(help="Cases, each a model, its work and the configurations to compare.")],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Folder for results and report; bench-NAME if left out.")
+    ] = None,
+    table: _Tables = None,
+) -> None:
+    """Run an experiment: configurations in turns in the same processes; tables, pictures, one page of HTML."""
+    require("run", "torch", "deepspeed", "transformers")
+    from lp_plugin.bench.experiment.command import run_experiment  # noqa: PLC0415 - imports torch
+
+    run_experiment(console(), file, folder=output, tables=table or ())
+
+
+@bench.command("report")
+def bench_report(
+    folder: Annotated[Path, typer.Argument(help="Where an experiment has put its results.json.")],
+    table: _Tables = None,
+) -> None:
+    """Make the report of an experiment again, from its results; nothing is measured."""
+    from lp_plugin.bench.experiment.output import report_again  # noqa: PLC0415 - imports matplotlib
+
+    report_again(console(), folder, tables=table or ())
 
 
 @bench.command("planner")

@@ -41,7 +41,7 @@ from lp_plugin.solver.partition import partition
 from lp_plugin.solver.solve import emptiest, evaluate, fits
 from lp_plugin.workload import Workload
 
-__all__ = ["GenerationPlan", "plan_generation"]
+__all__ = ["GenerationPlan", "given_generation", "plan_generation"]
 
 _CLOSE = 1.05
 """Predictions are no better than that: of numbers of slots as close to the fastest, the largest is taken, as more slots
@@ -160,6 +160,30 @@ def plan_generation(
     return search.best()
 
 
+def given_generation(
+    profile: ModelProfile,
+    cluster: Cluster,
+    boundaries: Sequence[int],
+    *,
+    prompt_tokens: int,
+    new_tokens: int,
+    micro_batch: int,
+    num_slots: int,
+) -> GenerationPlan:
+    """Figures of one full round with everything given, otherwise as `plan_generation`; memory may be exceeded."""
+    search = _Search(
+        profile=profile,
+        cluster=cluster,
+        prompts=micro_batch * num_slots,
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        micro_batch=micro_batch,
+        boundaries=tuple(boundaries),
+        compiled=False,
+    )
+    return search.described(micro_batch, num_slots, boundaries)
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Search:
     """Tries rows and slots for one request; fields as the arguments of `plan_generation`."""
@@ -240,12 +264,12 @@ class _Search:
     def _made(self, rows: int, slots: int) -> GenerationPlan | None:
         """The best partition's figures; None if none fits."""
         boundaries = self._cut(rows, slots)
-        return None if boundaries is None else self._described(rows, slots, boundaries)
+        return None if boundaries is None else self.described(rows, slots, boundaries)
 
     def _cut(self, rows: int, slots: int) -> tuple[int, ...] | None:
         """The best boundaries, or those that were given; None if they don't fit."""
         if self.boundaries is not None:
-            return self.boundaries if fits(self._described(rows, slots, self.boundaries).plan) else None
+            return self.boundaries if fits(self.described(rows, slots, self.boundaries).plan) else None
         decode, prefill = self._workloads(rows, slots)
         turns = stage_tables(self._decode, self._replayed, decode)
         firsts = stage_tables(self._prefill, self.cluster, prefill)
@@ -262,7 +286,7 @@ class _Search:
         prefill = Workload(phase="prefill", batch=rows * slots, sequence=self.prompt_tokens, micro_batch=rows)
         return decode, prefill
 
-    def _described(self, rows: int, slots: int, boundaries: Sequence[int]) -> GenerationPlan:
+    def described(self, rows: int, slots: int, boundaries: Sequence[int]) -> GenerationPlan:
         """Figures of given boundaries, whether or not they fit."""
         decode, prefill = self._workloads(rows, slots)
         step = evaluate(self._decode, self._replayed, decode, boundaries)
@@ -301,7 +325,7 @@ class _Search:
         rows, boundaries = self.micro_batch or 1, self.boundaries
         decode, _ = self._workloads(rows, 1)
         shown_at = boundaries or emptiest(self._decode, self._replayed, decode).boundaries
-        plan = self._described(rows, 1, shown_at).plan
+        plan = self.described(rows, 1, shown_at).plan
         worst = max(plan.stages, key=lambda stage: stage.memory_bytes / stage.capacity_bytes)
         prompts = f"one prompt of {self.prompt_tokens} tokens" if rows == 1 else f"{rows} prompts at a time"
         return InfeasibleError(

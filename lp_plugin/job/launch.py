@@ -85,6 +85,7 @@ def prepare_environment(num_local_processes: int | None) -> None:
     defaults = {
         "DS_ACCELERATOR": "cuda" if torch.cuda.device_count() else "cpu",
         "TRANSFORMERS_VERBOSITY": "error",
+        "KINETO_LOG_LEVEL": "99",  # the profiler reports what it does, and that a CPU is no GPU
         # DeepSpeed's point-to-point calls are unbatched and blocking on purpose
         "TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING": "false",
     }

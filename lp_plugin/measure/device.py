@@ -11,7 +11,7 @@ from lp_plugin.errors import HardwareError
 from lp_plugin.hardware.catalogue import catalogue, load_device
 from lp_plugin.hardware.device import Device
 
-__all__ = ["detect_device"]
+__all__ = ["catalogue_name", "detect_device"]
 
 _NAMES = {
     "H100 PCIe": "h100-pcie",
@@ -26,6 +26,11 @@ _NAMES = {
     "A100-PCIE-40GB": "a100-40g",
 }
 """Part of the driver's name for a device -> its entry in the catalogue; the first that matches counts."""
+
+
+def catalogue_name(driver_name: str) -> str | None:
+    """The catalogue's name of a GPU that the driver calls so; None if it is not in the catalogue."""
+    return next((entry for part, entry in _NAMES.items() if part in driver_name), None)
 
 
 def detect_device(index: int, num_local_processes: int) -> Device:
@@ -48,9 +53,9 @@ def detect_device(index: int, num_local_processes: int) -> Device:
             "Start fewer processes per host, or check CUDA_VISIBLE_DEVICES."
         )
     properties = torch.cuda.get_device_properties(index)
-    for part, entry in _NAMES.items():
-        if part in properties.name:
-            return _with_memory(load_device(entry), properties.total_memory)
+    entry = catalogue_name(properties.name)
+    if entry is not None:
+        return _with_memory(load_device(entry), properties.total_memory)
     raise HardwareError(
         f"GPU {properties.name!r} is not in the catalogue ({', '.join(catalogue())}); "
         'describe it in a cluster file: --cluster FILE.toml, or "device" in the "lp_plugin" section.'

@@ -77,6 +77,9 @@ class LayerCost:
     """Bytes per token of all of them together: the tensors' own size, before any factor of the algorithm."""
     seconds: float | None = None
     """Measured forward seconds of one micro-batch; replaces the roofline of `lp_plugin.solver.layer_table`."""
+    resident_seconds: float | None = None
+    """The same with weights and KV cache in the device's first tier, used where a stage's working set fits it; None
+    means no faster. Not used in training, nor without ``seconds``, which it never exceeds."""
     backward_seconds: float | None = None
     """Measured backward seconds; None means twice the forward ones."""
 

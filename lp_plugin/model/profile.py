@@ -260,6 +260,7 @@ class ModelProfile:
         seconds: Sequence[float],
         backward_seconds: Sequence[float] | None = None,
         *,
+        resident_seconds: Sequence[float | None] | None = None,
         measured_on: Device | None = None,
     ) -> ModelProfile:
         """The same layers with measured seconds per micro-batch in place of the roofline.
@@ -267,12 +268,14 @@ class ModelProfile:
         Args:
             seconds: Forward, one per layer.
             backward_seconds: Backward, one per layer; twice the forward ones if left out.
+            resident_seconds: Forward with the data in the device's first tier, one per layer; no faster if left out.
             measured_on: Their device; on others they are scaled by the ratio of the rooflines.
         """
         backward = [None] * len(self.layers) if backward_seconds is None else backward_seconds
+        resident = [None] * len(self.layers) if resident_seconds is None else resident_seconds
         layers = tuple(
-            dataclasses.replace(layer, seconds=forward, backward_seconds=back)
-            for layer, forward, back in zip(self.layers, seconds, backward, strict=True)
+            dataclasses.replace(layer, seconds=forward, backward_seconds=back, resident_seconds=near)
+            for layer, forward, back, near in zip(self.layers, seconds, backward, resident, strict=True)
         )
         return dataclasses.replace(self, layers=layers, measured_on=measured_on)
 

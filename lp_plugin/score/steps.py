@@ -10,6 +10,7 @@ from deepspeed.runtime.pipe import p2p
 from numpy.typing import NDArray
 
 from lp_plugin.integrations.deepspeed.engine import InstructionTimer, StageTimes
+from lp_plugin.integrations.deepspeed.forward.whole_rows import whole_rows
 from lp_plugin.job.documents import TokenizedDocuments
 from lp_plugin.score.batches import Step
 
@@ -55,9 +56,10 @@ class StepRunner:
         fed = iter(self._feed(mine, documents, masked=width is not None))
         if self._timer:
             self._timer.start()
-        outputs = engine.eval_batch(
-            fed, compute_loss=True, reduce_output=None, bcast_loss=False, num_micro_batches=len(mine.micro_batches)
-        )
+        with whole_rows():  # else the host waits for the device in every pass
+            outputs = engine.eval_batch(
+                fed, compute_loss=True, reduce_output=None, bcast_loss=False, num_micro_batches=len(mine.micro_batches)
+            )
         if self._timer:
             self.times = self._timer.stop()
         shape = (len(step.micro_batches), step.rows, *(() if width is None else (width,)))

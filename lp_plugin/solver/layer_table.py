@@ -121,6 +121,7 @@ class LayerTable:
         self._count_work(workload)
         self._count_memory(profile, workload)
         self.measured = _column([_measured(layer, self.passes) for layer in self.layers])
+        self._resident = _column([_resident(layer, self.passes) for layer in self.layers])
 
     @property
     def passes(self) -> int:
@@ -182,12 +183,18 @@ class LayerTable:
             group: Link and size of the tensor-parallel group, if there is one.
         """
         roofline = self._roofline(device, tier)
-        measured = self.measured
-        if self.measured_on is not None and self.measured_on.name != device.name:
-            there = self._roofline(self.measured_on, len(self.measured_on.tiers) - 1)
-            measured = measured * np.divide(roofline, there, out=np.ones_like(there), where=there > 0)
+        measured = self._moved(self.measured, roofline, device, -1)
+        if tier == 0 and len(device.tiers) > 1:
+            measured = np.fmin(measured, self._moved(self._resident, roofline, device, 0))  # fmin passes over NaN
         seconds = self._active * np.where(np.isnan(measured), roofline, measured)
         return seconds if group is None else seconds + self._all_reduce_seconds(*group)
+
+    def _moved(self, measured: FloatArray, roofline: FloatArray, device: Device, tier: int) -> FloatArray:
+        """Measured seconds as they are, or scaled from the device and tier that they were measured on."""
+        if self.measured_on is None or self.measured_on.name == device.name:
+            return measured
+        there = self._roofline(self.measured_on, range(len(self.measured_on.tiers))[tier])
+        return np.asarray(measured * np.divide(roofline, there, out=np.ones_like(there), where=there > 0))
 
     def _roofline(self, device: Device, tier: int) -> FloatArray:
         overhead = (
@@ -253,3 +260,9 @@ def _measured(layer: LayerCost, passes: int) -> float:
         return layer.seconds
     backward = layer.backward_seconds if layer.backward_seconds is not None else 2 * layer.seconds
     return (passes - 2) * layer.seconds + backward
+
+
+def _resident(layer: LayerCost, passes: int) -> float:
+    if layer.seconds is None or layer.resident_seconds is None or passes > 1:
+        return float("nan")
+    return layer.resident_seconds

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from lp_plugin.integrations.deepspeed.generation.sampling import complete_config
 from lp_plugin.integrations.deepspeed.generation.schedule import GenerationSchedule
 from lp_plugin.integrations.deepspeed.generation.slots import make_groups, take_turns
 from lp_plugin.integrations.deepspeed.generation.station import Station
+from lp_plugin.integrations.deepspeed.instructions import instructions
 from lp_plugin.integrations.transformers.runnable import check_runnable
 
 __all__ = ["check_prompts", "generate", "release"]
@@ -92,7 +92,7 @@ def generate(
         )
         passes = Passes(station, Work(prompts=prompts, seeds=seeds, groups=groups, rows=micro_batch), results)
         turns = take_turns(len(groups), used, sampling.new_tokens, passes.arrived)
-        with _instructions(engine, passes.instructions()):
+        with instructions(engine, passes.instructions()):
             engine._exec_schedule(GenerationSchedule(turns, used, engine.num_stages, engine.stage_id))
         passes.finish()
         tensor = results.as_tensor(station.device)
@@ -113,20 +113,6 @@ def _station(engine: Any) -> Station:
     if station is None:
         station = engine.lp_station = Station(engine)
     return station
-
-
-@contextlib.contextmanager
-def _instructions(engine: Any, table: Mapping[type, Callable[..., None]]) -> Iterator[None]:
-    """Replaces the engine's instructions, on the instance and for a while."""
-    before = engine.__dict__.get("_INSTRUCTION_MAP")
-    engine._INSTRUCTION_MAP = table
-    try:
-        yield
-    finally:
-        if before is None:
-            del engine._INSTRUCTION_MAP
-        else:
-            engine._INSTRUCTION_MAP = before
 
 
 def _check(prompts: Sequence[Sequence[int]], indices: Sequence[int], micro_batch: int, num_slots: int) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from deepspeed.runtime.pipe.schedule import PipeInstruction
 
 from lp_plugin.errors import RuntimeEnvironmentError
 from lp_plugin.integrations.deepspeed.generation import schedule
@@ -54,9 +55,9 @@ class Passes:
         self._outgoing: torch.Tensor | None = None
         """What the pass just run hands on."""
 
-    def instructions(self) -> dict[type, Callable[[Any, Turn], None]]:
-        """For the engine's ``_INSTRUCTION_MAP``."""
-        table: dict[type, Callable[[Turn], None]] = {
+    def instructions(self) -> dict[type[PipeInstruction], Callable[[Turn], None]]:
+        """What carries out each kind of instruction."""
+        return {
             schedule.ReceiveTokens: self._receive_tokens,
             schedule.ReceiveActivation: self._receive_activation,
             schedule.Prefill: self._prefill,
@@ -64,7 +65,6 @@ class Passes:
             schedule.SendActivation: self._send_activation,
             schedule.SendTokens: self._send_tokens,
         }
-        return {kind: _without_engine(instruction) for kind, instruction in table.items()}
 
     def arrived(self, turn: Turn) -> bool:
         """For `take_turns`: reads what a turn brought in; on the first stage its tokens become results."""
@@ -172,13 +172,3 @@ def _run(turn: Turn) -> Pass:
     if turn.run is None:
         raise RuntimeError(f"slot {turn.slot} has no pass to run in this turn")
     return turn.run
-
-
-def _without_engine(instruction: Callable[[Turn], None]) -> Callable[[Any, Turn], None]:
-    """DeepSpeed binds instructions to its engine."""
-
-    def run(engine: Any, turn: Turn) -> None:
-        del engine
-        instruction(turn)
-
-    return run

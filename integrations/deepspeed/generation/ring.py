@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import distributed
 
-__all__ = ["Ring"]
+__all__ = ["Ring", "find_widths"]
 
 
 class Ring:
@@ -55,6 +55,28 @@ class Ring:
         """Gives the first stage's tensor to all stages of the pipeline."""
         if not (self.is_first and self.is_last):
             distributed.broadcast(tensor, self._first, group=self._pipeline)
+
+
+def find_widths(ring: Ring, stage: Any, device: torch.device, dtype: torch.dtype) -> tuple[int, int]:
+    """Elements per token of the activations that come in and go out; what the ends don't have is 0.
+
+    Runs one token through all stages, one after the other: collective over the ranks of the pipeline.
+
+    Args:
+        ring: The neighbours.
+        stage: The ``DecoderStage``.
+        device: Where it is.
+        dtype: Of activations.
+    """
+    came = torch.zeros(1, dtype=torch.long, device=device)
+    if not ring.is_first:
+        ring.receive_activation(came)
+    shape = (1, 1) if ring.is_first else (1, 1, int(came))
+    outputs = stage(torch.zeros(shape, dtype=torch.long if ring.is_first else dtype, device=device))
+    widths = (int(came), 0 if ring.is_last else int(outputs.shape[-1]))
+    if not ring.is_last:
+        ring.send_activation(torch.full_like(came, widths[1])).wait()
+    return widths
 
 
 def _wait(work: Any) -> None:

@@ -8,7 +8,7 @@ import torch
 
 from lp_plugin.integrations.deepspeed.generation.choosing import Chooser
 from lp_plugin.integrations.deepspeed.generation.lean import LeanPass
-from lp_plugin.integrations.deepspeed.generation.ring import Ring
+from lp_plugin.integrations.deepspeed.generation.ring import Ring, find_widths
 from lp_plugin.integrations.deepspeed.generation.sampling import Sampling
 from lp_plugin.integrations.deepspeed.generation.slot_state import SlotState
 
@@ -61,7 +61,7 @@ class Station:
         self.stage = engine.module.stage
         self.device = torch.device(engine.device)
         self.dtype: torch.dtype = engine.module.torch_dtype
-        self.widths = self._find_widths()
+        self.widths = find_widths(self.ring, self.stage, self.device, self.dtype)
         self.slots: list[SlotState] = []
         self.letters: list[Letter] = []
         self._kind: tuple[Any, ...] = ()
@@ -113,22 +113,3 @@ class Station:
             self._stream = self._stream or torch.cuda.Stream()
             slot.capture(self.slots[0].pool if self.slots else None, self._stream)
         return slot
-
-    def _find_widths(self) -> tuple[int, int]:
-        """Runs one token through all stages, one after the other."""
-        came = torch.zeros(1, dtype=torch.long, device=self.device)
-        if not self.ring.is_first:
-            self.ring.receive_activation(came)
-        shape = (1, 1) if self.ring.is_first else (1, 1, int(came))
-        one = torch.ones(1, 1, dtype=torch.long, device=self.device)
-        outputs = self.stage.step(
-            torch.zeros(shape, dtype=torch.long if self.ring.is_first else self.dtype, device=self.device),
-            attention_mask=one,
-            position_ids=one - 1,
-            cache=self.stage.new_cache(1, 1),
-        )
-        widths = (int(came), 0 if self.ring.is_last else int(outputs.shape[-1]))
-        if not self.ring.is_last:
-            going = torch.full_like(came, widths[1])
-            self.ring.send_activation(going).wait()
-        return widths

@@ -79,6 +79,8 @@ class Row:
     """As asked."""
     boundaries: tuple[int, ...] = ()
     """Of layers; ``pipeline_parallel + 1`` numbers."""
+    catalogue_boundaries: tuple[int, ...] = ()
+    """Cache-aware: what the planner chooses from the catalogue's figures alone; empty if it was not asked."""
     execution: str = ""
     """As it was chosen: eager, graphs, compiled or stock."""
     reason: str = ""
@@ -178,6 +180,8 @@ class SimulatedRow:
     """Share of device time in all-reduces and transfers that nothing hides."""
     assumed: tuple[str, ...]
     """What of it was not measured: wider all-reduces, the network between nodes."""
+    reason: str = ""
+    """Why there are no figures; empty if there are."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,83 @@
+"""CUDA graphs of a rank's passes, how long passes take, and whether graphs pay."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from lp_plugin.integrations.deepspeed.engine import stage_alone_seconds
+
+__all__ = ["captured", "pass_seconds"]
+
+_WARM_UP_PASSES = 2
+"""Before a capture, so that libraries have made their plans."""
+_PASSES = 8
+"""That are timed together: back to back, as in a pipeline."""
+
+
+@functools.cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all captures of a process: libraries keep a workspace for each stream."""
+    return torch.cuda.Stream(device)
+
+
+def captured(
+    work: Callable[[], None], device: torch.device, *, warm_up: Callable[[], None], pool: Any
+) -> torch.cuda.CUDAGraph:
+    """Records work as a CUDA graph.
+
+    Args:
+        work: Launches everything; asks the device for nothing. May send and receive, if that has happened before
+            outside of a graph.
+        device: Where it runs.
+        warm_up: Runs a few times before: a part of the work that needs no other rank.
+        pool: Memory pool of another graph that is still there and never runs at the same time; None for a new one.
+    """
+    stream = _capture_stream(device)
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(_WARM_UP_PASSES):
+            warm_up()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):  # NCCL's thread goes on
+        work()
+    return graph
+
+
+def pass_seconds(
+    one_pass: Callable[[], None],
+    device: torch.device,
+    *,
+    pool: Any,
+    replayed: bool,
+    repeats: int = 7,
+    warm_up_seconds: float = 0.5,
+    group: Any = None,
+) -> float:
+    """Median seconds of a pass among passes back to back.
+
+    Args:
+        one_pass: Runs a micro-batch through a stage, without neighbours.
+        device: Where it runs; passes on CPUs are timed one by one.
+        pool: As for `captured`.
+        replayed: Whether passes are replayed from a CUDA graph, rather than launched.
+        repeats: Times measured.
+        warm_up_seconds: Least time before; GPUs lower their clocks under sustained load.
+        group: Ranks that share the stage's layers, or None; they all call this.
+    """
+    count = _PASSES if device.type == "cuda" else 1
+
+    def passes() -> None:
+        for _ in range(count):
+            one_pass()
+
+    launch = captured(passes, device, warm_up=one_pass, pool=pool).replay if replayed else passes
+    warm_up_seconds = warm_up_seconds if device.type == "cuda" else 0.0
+    seconds = stage_alone_seconds(
+        lambda _: launch(), None, warm_up_seconds=warm_up_seconds, group=group, repeats=repeats
+    )
+    return seconds / count

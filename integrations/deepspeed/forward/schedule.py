@@ -1,0 +1,49 @@
+"""Forward passes as a DeepSpeed schedule: its instructions, and the order in which a stage runs them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from deepspeed.runtime.pipe.schedule import PipeInstruction, PipeSchedule
+
+__all__ = ["AwaitActivation", "Forward", "ForwardSchedule", "SendActivation", "StartReceiving"]
+
+
+class StartReceiving(PipeInstruction):
+    """A buffer is ready for what the stage before makes of a micro-batch; nothing waits for it yet."""
+
+
+class AwaitActivation(PipeInstruction):
+    """What follows needs the micro-batch's activation."""
+
+
+class Forward(PipeInstruction):
+    """The micro-batch runs through the stage."""
+
+
+class SendActivation(PipeInstruction):
+    """The stage's result starts on its way to the next stage."""
+
+
+class ForwardSchedule(PipeSchedule):
+    """One step per micro-batch; every instruction gets its number.
+
+    The next micro-batch is on its way while this one computes, and the one before leaves meanwhile.
+    """
+
+    def num_pipe_buffers(self) -> int:
+        """None of the engine's own."""
+        return 0
+
+    def steps(self) -> Iterator[list[PipeInstruction]]:
+        """Yields the instructions of one micro-batch after the other."""
+        for number in range(self.micro_batches):
+            step: list[PipeInstruction] = []
+            if not self.is_first_stage:
+                coming = (0, 1) if number == 0 else (number + 1,)
+                step += [StartReceiving(micro_batch=each) for each in coming if each < self.micro_batches]
+                step.append(AwaitActivation(micro_batch=number))
+            step.append(Forward(micro_batch=number))
+            if not self.is_last_stage:
+                step.append(SendActivation(micro_batch=number))
+            yield step

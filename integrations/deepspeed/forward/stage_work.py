@@ -1,0 +1,132 @@
+"""What one rank does with one micro-batch, and the memory it does it in."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from lp_plugin.errors import WorkloadError
+from lp_plugin.integrations.deepspeed.forward.hops import NUM_BUFFERS
+from lp_plugin.integrations.deepspeed.forward.whole_rows import whole_rows
+from lp_plugin.integrations.deepspeed.generation.lean import LeanPass
+
+__all__ = ["StageWork"]
+
+_MOST_SHAPES = 128
+"""Of stages and inputs that a process may compile."""
+
+
+class StageWork:
+    """A stage with inputs and results that stay where they are, so that passes over them can be captured.
+
+    Args:
+        module: ``HFPipelineModule``.
+        is_first: Whether the stage is the pipeline's first, which takes token ids.
+        is_last: Whether it is the last one, which keeps results.
+        num_micro_batches: Micro-batches of a run.
+        rows: Sequences of each.
+        tokens: Of each sequence.
+        width: Elements per token of the activation that comes in.
+        compiled: Whether ``torch.compile`` fuses the stage's kernels. Else, on GPUs, passes take fewer kernels by
+            `LeanPass`; on CPUs they are transformers' own.
+
+    Attributes:
+        inputs: Token ids [micro-batches, rows, tokens], or activations [2, rows, tokens, width] of the micro-batches
+            under way, in turns. Random to begin with: what GPUs spend on zeros is less.
+        has_loss: Whether the stage makes results of labels.
+    """
+
+    def __init__(
+        self,
+        module: Any,
+        *,
+        is_first: bool,
+        is_last: bool,
+        num_micro_batches: int,
+        rows: int,
+        tokens: int,
+        width: int,
+        compiled: bool,
+    ) -> None:
+        self._stage, self._is_first, self._is_last = module.stage, is_first, is_last
+        self._loss_fn: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = module.loss_fn if is_last else None
+        self._num_micro_batches = num_micro_batches
+        shape, device = (num_micro_batches, rows, tokens), module.device
+        if is_first:
+            self.inputs = torch.randint(module.hf_config.vocab_size, shape, device=device)
+        else:
+            self.inputs = torch.randn(NUM_BUFFERS, rows, tokens, width, device=device, dtype=module.torch_dtype)
+        self.has_loss = self._loss_fn is not None
+        self._labels = torch.zeros(shape, dtype=torch.long, device=device) if self.has_loss else None
+        self._results: dict[bool, torch.Tensor] = {}
+        """Of the loss function (True) or the stage itself."""
+        self._forward = torch.compile(self._stage.forward, dynamic=False) if compiled else self._stage
+        self._compiled = compiled
+        self._lean = LeanPass(self._stage.model) if device.type == "cuda" and not compiled else None
+
+    @contextlib.contextmanager
+    def passing(self) -> Iterator[None]:
+        """Inside, micro-batches run; changes transformers for the whole process meanwhile."""
+        context: contextlib.AbstractContextManager[Any] = self._lean or contextlib.nullcontext()
+        if self._compiled:
+            # beyond its limit torch would run stages of further shapes without compiling them
+            context = torch._dynamo.config.patch(recompile_limit=_MOST_SHAPES, fail_on_recompile_limit_hit=True)
+        with torch.no_grad(), context, whole_rows():
+            yield
+
+    def fill(self, inputs: torch.Tensor | None, labels: torch.Tensor | None) -> bool:
+        """Takes in what a run is given.
+
+        Returns:
+            Whether the results will be the loss function's.
+
+        Raises:
+            WorkloadError: If this stage lacks its inputs, or they have another shape.
+        """
+        if self._is_first:
+            _copy("inputs", inputs, self.inputs)
+        if self._labels is None or labels is None:
+            return False
+        _copy("labels", labels, self._labels)
+        return True
+
+    def buffer(self, micro_batch: int) -> torch.Tensor:
+        """Where a micro-batch's input lies, or comes in."""
+        return self.inputs[micro_batch % len(self.inputs)]
+
+    def run(self, micro_batch: int, *, labelled: bool) -> torch.Tensor | None:
+        """Runs one micro-batch.
+
+        Args:
+            micro_batch: Its number.
+            labelled: Whether the loss function makes the result.
+
+        Returns:
+            What goes to the next stage; None from the last stage, which keeps its result.
+        """
+        outputs: torch.Tensor = self._forward(self.buffer(micro_batch))
+        if not self._is_last:
+            return outputs.contiguous()
+        if labelled and self._loss_fn is not None and self._labels is not None:
+            outputs = self._loss_fn(outputs, self._labels[micro_batch])
+        if labelled not in self._results:
+            self._results[labelled] = outputs.new_empty((self._num_micro_batches, *outputs.shape))
+        self._results[labelled][micro_batch].copy_(outputs)
+        return None
+
+    def results(self, *, labelled: bool) -> torch.Tensor | None:
+        """Of the last run, on the last stage."""
+        return self._results[labelled] if self._is_last else None
+
+
+def _copy(name: str, given: torch.Tensor | None, into: torch.Tensor) -> None:
+    if given is None or given.shape != into.shape:
+        found = "missing" if given is None else f"of shape {list(given.shape)}"
+        raise WorkloadError(
+            f"{name} are {found}; this stage takes {list(into.shape)}: micro-batches, rows, tokens. "
+            "Give a tensor of this shape, or make a pipeline for another one."
+        )
+    into.copy_(given, non_blocking=True)

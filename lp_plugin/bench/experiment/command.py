@@ -1,0 +1,147 @@
+"""An experiment from file to report: every case in processes of its own, what fails is said and the rest goes on."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from lp_plugin.bench.experiment.job import CaseJob, empty_result, run_case, write_model
+from lp_plugin.bench.experiment.output import RESULTS, chosen_tables, made_folder, report
+from lp_plugin.bench.experiment.results import CaseResult, Results, save_results
+from lp_plugin.bench.experiment.scale_out import needed_times, simulate_scale_out
+from lp_plugin.bench.experiment.settings import Case, Experiment, read_experiment
+from lp_plugin.errors import RuntimeEnvironmentError
+from lp_plugin.hardware import Cluster
+from lp_plugin.job.launch import join_launcher, prepare_environment
+from lp_plugin.measure.counters import CountedStage, count_stage
+
+__all__ = ["run_experiment"]
+
+_FROM_RUN = ("counted_bytes", "predicted_hit_fraction", "nvlink_bytes", "nvlink_reason", "counted_link_bytes")
+"""Fields of counters that the case's own processes have filled in."""
+
+
+def run_experiment(console: Console, file: Path, *, folder: Path | None, tables: Sequence[str]) -> None:
+    """Measures what a file asks for and writes the report.
+
+    Args:
+        console: For progress lines and tables.
+        file: TOML; see `read_experiment`.
+        folder: Where results and report go; ``bench-NAME`` if left out.
+        tables: Only these, and only what they need is measured; all if there are none.
+
+    Raises:
+        InvalidInputError: If file, folder or a table's name is wrong; before anything runs.
+        RuntimeEnvironmentError: If a launcher has started this; or if nothing at all ran, once that is written down.
+    """
+    chosen = chosen_tables(tables)
+    experiment = read_experiment(file)
+    if experiment.calibration is not None:
+        Cluster.from_toml(experiment.calibration)
+    if join_launcher():
+        raise RuntimeEnvironmentError("the benchmark starts its own processes; run it without torchrun or srun.")
+    folder = made_folder(folder or Path(f"bench-{experiment.name}"))
+    results = Results(
+        command=shlex.join(["lp-plugin", *sys.argv[1:]]),
+        experiment=experiment.name,
+        title=experiment.title,
+        trials=experiment.trials,
+        cases=(),
+    )
+    prepare_environment(None)
+    start = time.time()
+    try:
+        for case in experiment.cases:
+            found = _run(console, experiment, case, frozenset(chosen), start)
+            results = dataclasses.replace(results, cases=(*results.cases, found))
+            save_results(results, folder / RESULTS)
+    except KeyboardInterrupt:  # typer would end without a word
+        print(f"interrupted; finished cases are in {folder / RESULTS}", file=sys.stderr)  # noqa: T201
+        raise SystemExit(130) from None
+    if "scaling" in chosen:
+        results = dataclasses.replace(results, simulated=simulate_scale_out(experiment, results.cases))
+        save_results(results, folder / RESULTS)
+    report(console, results, folder, chosen)
+    reasons = [_nothing_ran(case) for case in results.cases]
+    if all(reasons):
+        raise RuntimeEnvironmentError(f"nothing ran; the first reason: {reasons[0]}.")
+
+
+def _nothing_ran(case: CaseResult) -> str:
+    """Why not; empty if something did."""
+    if case.reason or not case.rows:
+        return case.reason
+    return "" if any(not row.reason for row in case.rows) else case.rows[0].reason
+
+
+def _run(console: Console, experiment: Experiment, case: Case, tables: frozenset[str], start: float) -> CaseResult:
+    def say(text: str) -> None:
+        console.print(f"{time.time() - start:6.1f} s  {text}", highlight=False, markup=False)
+
+    reason = _unable(case)
+    if reason:
+        say(f"case {case.name} is left out: {reason}")
+        return empty_result(case, reason)
+    asked = experiment if "scaling" in tables else dataclasses.replace(experiment, scale_out=())
+    with tempfile.TemporaryDirectory(prefix="lp-plugin-bench-") as name:
+        job = CaseJob(
+            case=case,
+            directory=str(write_model(case, Path(name) / "model")),
+            folder=name,
+            trials=experiment.trials,
+            tables=tables,
+            times=tuple(needed_times(asked, case)),
+            calibration=None if experiment.calibration is None else str(experiment.calibration.resolve()),
+            start=start,
+        )
+        say(f"case {case.name}: {case.processes} processes, {len(case.configurations)} configurations")
+        found = run_case(job, _run_rank, say)
+    return _with_counters(case, found, say) if "memory-access" in tables else found
+
+
+def _run_rank(job: CaseJob) -> CaseResult | None:
+    from lp_plugin.bench.experiment.worker import run_case_rank  # noqa: PLC0415 - DeepSpeed, only in the ranks
+
+    return run_case_rank(job)
+
+
+def _with_counters(case: Case, found: CaseResult, say: Callable[[str], None]) -> CaseResult:
+    """Hardware counters of the stages that the case wants them of, one process after the other."""
+    rows = []
+    for row in found.rows:
+        counters = []
+        for there, (start, stop) in zip(row.counters, pairwise(row.boundaries), strict=False):
+            say(f"case {case.name}: reading counters of {row.name}, stage {there.stage}")
+            spec = CountedStage(
+                config=case.config,
+                dtype=case.dtype,
+                start=start,
+                stop=stop,
+                tensor_parallel=row.tensor_parallel,
+                rows=min(case.micro_batch, case.batch),
+                tokens=case.sequence if case.phase == "prefill" else 1,
+            )
+            read = count_stage(spec, stage=there.stage)
+            kept = {name: getattr(there, name) for name in _FROM_RUN}
+            counters.append(dataclasses.replace(read, **kept))
+        rows.append(dataclasses.replace(row, counters=tuple(counters)))
+    return dataclasses.replace(found, rows=tuple(rows))
+
+
+def _unable(case: Case) -> str:
+    """Why a case can't run here; empty if it can."""
+    gpus = torch.cuda.device_count()
+    if gpus and case.processes > gpus:
+        return f"needs {case.processes} GPUs; this host shows {gpus}"
+    if not gpus and case.dtype == "float16":
+        return "float16 needs a GPU: CPUs compute it too slowly to use"
+    return ""

@@ -1,0 +1,112 @@
+"""A case's layers and devices as the planner takes them: counted, or with what was timed before the trials."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from functools import reduce
+
+from lp_plugin.bench.experiment.messages import Messages
+from lp_plugin.bench.experiment.settings import Case, Configuration, Execution
+from lp_plugin.generate.static_layers import on_static_caches, replayed
+from lp_plugin.hardware import Cluster, slower_link
+from lp_plugin.measured import LayerTimes
+from lp_plugin.model import LayerCost, ModelProfile
+from lp_plugin.model.layers import Granularity
+from lp_plugin.solver.layer_table import LayerTable
+
+__all__ = ["counted_profile", "launched", "pick_times", "replica", "timed_profile", "ungrouped"]
+
+
+def pick_times(
+    times: Sequence[LayerTimes], tensor_parallel: int, execution: Execution, granularity: Granularity = "layer"
+) -> LayerTimes | None:
+    """The layers timed as a configuration runs them.
+
+    Args:
+        times: All that was timed.
+        tensor_parallel: Ranks that share each layer.
+        execution: Of the configuration; ``auto`` takes the faster of eager and graphs, ``stock`` is eager.
+        granularity: Whether blocks are whole.
+
+    Returns:
+        Those of that execution; if there are none, the fastest of any; None if no layers of that degree and granularity
+        were timed.
+    """
+    alike = [each for each in times if (each.tensor_parallel, each.granularity) == (tensor_parallel, granularity)]
+    wanted = {"auto": {"eager", "graphs"}, "stock": {"eager"}}.get(execution, {execution})
+    fitting = [each for each in alike if each.execution in wanted] or alike
+    return min(fitting, key=lambda each: sum(each.seconds) + each.pass_seconds, default=None)
+
+
+def counted_profile(case: Case, tensor_parallel: int, granularity: Granularity = "layer") -> ModelProfile:
+    """One rank's share of the layers, not timed; decoding, on the static caches that generation uses.
+
+    Raises:
+        WorkloadError: If the model can't be shared by so many ranks.
+    """
+    profile = case.profile(granularity).sharded(tensor_parallel)
+    if case.phase == "prefill":
+        return profile
+    return on_static_caches(profile, 1, case.sequence + case.new_tokens)
+
+
+def timed_profile(
+    case: Case,
+    configuration: Configuration,
+    times: LayerTimes,
+    messages: Messages,
+) -> ModelProfile:
+    """One rank's share of the layers with the seconds that they took alone, and their all-reduces added.
+
+    Args:
+        case: Model and work.
+        configuration: Its tensor-parallel ranks are those of ``times``.
+        times: Of `pick_times`.
+        messages: Between the ranks.
+
+    Returns:
+        A profile for `ungrouped` devices: all-reduces are in its seconds.
+    """
+    profile = counted_profile(case, times.tensor_parallel, times.granularity)
+    tokens = LayerTable(profile, case.workload(configuration)).tokens
+    group = replica(messages.cluster, configuration)
+
+    def all_reduces(layer: LayerCost) -> float:
+        if group.group_size == 1 or not layer.num_all_reduces:
+            return 0.0
+        each = layer.all_reduce_bytes_per_token * tokens / layer.num_all_reduces
+        slowest = reduce(slower_link, group.group_links)
+        return layer.num_all_reduces * messages.reduce_seconds(slowest, each, group.group_size)
+
+    added = [all_reduces(layer) for layer in profile.layers]
+    return profile.with_seconds(
+        [own + more for own, more in zip(times.seconds, added, strict=True)],
+        resident_seconds=[
+            None if own is None else own + more for own, more in zip(times.resident_seconds, added, strict=True)
+        ],
+    )
+
+
+def replica(cluster: Cluster, configuration: Configuration) -> Cluster:
+    """The devices of a configuration's first replica: a device, or a tensor-parallel group, per stage.
+
+    Raises:
+        HardwareError: If the cluster has fewer devices than the configuration takes.
+    """
+    strategy = configuration.strategy
+    part = cluster.subset(strategy.num_devices).replicas(strategy.data_parallel)[0]
+    return part.grouped(strategy.tensor_parallel)
+
+
+def ungrouped(group: Cluster) -> Cluster:
+    """The same stages without their groups' all-reduces."""
+    return dataclasses.replace(group, group_size=1, group_links=())
+
+
+def launched(group: Cluster, case: Case, execution: Execution) -> Cluster:
+    """The same stages with the launch overhead that an execution has: of CUDA graphs, but where it is eager."""
+    if case.phase == "prefill" and execution in {"eager", "stock"}:
+        return group
+    devices = tuple(replayed(device, compiled=execution == "compiled") for device in group.devices)
+    return dataclasses.replace(group, devices=devices)

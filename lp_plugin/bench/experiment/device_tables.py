@@ -1,0 +1,269 @@
+"""Tables of what the devices did: where time went, how memory was accessed, what took room in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+
+from lp_plugin.bench.experiment.document import Figures
+from lp_plugin.bench.experiment.figures import baseline_row
+from lp_plugin.bench.experiment.results import CaseResult, Row
+from lp_plugin.bench.experiment.wording import (
+    NOT_MEASURED,
+    bytes_text,
+    change_text,
+    in_one_line,
+    seconds_text,
+    share_text,
+)
+from lp_plugin.errors import InvalidInputError
+from lp_plugin.measured import LayerTimes, Links, TimeSplit
+from lp_plugin.model import LayerCost, ModelProfile
+from lp_plugin.quantity import format_bytes, format_seconds
+
+__all__ = [
+    "counted_dram_bytes",
+    "dram_bytes",
+    "first_block",
+    "footprint_table",
+    "layer_rest_bytes",
+    "link_share",
+    "memory_access_table",
+    "memory_table",
+    "profile_of",
+    "time_split_table",
+]
+
+
+def time_split_table(case: CaseResult) -> Figures | None:
+    """A row per profiled rank, as shares of the trial's time; None if nothing was profiled."""
+    rows = _ranks_joined(
+        (row.name, str(split.rank), format_seconds(split.wall_seconds), *_split_cells(split))
+        for row in case.rows
+        for split in row.split
+    )
+    if not rows:
+        return None
+    headings = ("configuration", "rank", "trial", "compute", "of it alone", "both at once", "communication alone")
+    return Figures(
+        title="Time split",
+        headings=(*headings, "bytes moving", "waiting for the peer", "idle"),
+        rows=rows,
+        notes=(
+            "Of one profiled trial, from the first to the last thing that any rank did; the profiler adds to every "
+            "launch, so trials above are the ones to compare. Compute alone, both at once, communication alone and "
+            "idle are 100% of the trial. Communication alone is bytes moving (all peers were there) and waiting for "
+            "the peer. Memory-bound kernels count as compute: memory traffic is not a time of its own.",
+        ),
+    )
+
+
+def _split_cells(split: TimeSplit) -> tuple[str, ...]:
+    wall = split.wall_seconds or 1.0
+    alone = split.communication_seconds - split.overlap_seconds
+    moving = split.exposed_transfer_seconds
+    shares: tuple[float | None, ...] = (
+        split.compute_seconds,
+        split.compute_seconds - split.overlap_seconds,
+        split.overlap_seconds,
+        alone,
+        moving,
+        None if moving is None else alone - moving,
+        split.idle_seconds,
+    )
+    return tuple(share_text(None if seconds is None else max(seconds, 0.0) / wall) for seconds in shares)
+
+
+def _ranks_joined(rows: Iterable[tuple[str, ...]]) -> tuple[tuple[str, ...], ...]:
+    """Neighbours that differ in nothing but their second cell, the rank, as one: ``0 .. 3``."""
+    joined: list[tuple[str, ...]] = []
+    for (name, *_), group in groupby(rows, key=lambda row: (row[0], *row[2:])):
+        same = list(group)
+        ranks = same[0][1] if len(same) == 1 else f"{same[0][1]} .. {same[-1][1]}"
+        joined.append((name, ranks, *same[0][2:]))
+    return tuple(joined)
+
+
+def memory_access_table(case: CaseResult) -> Figures | None:
+    """A row per stage whose counters were asked for; None if none were."""
+    rows = tuple(
+        (
+            row.name,
+            str(each.stage),
+            share_text(each.l2_read_hit_fraction),
+            share_text(each.predicted_hit_fraction),
+            bytes_text(each.dram_read_bytes),
+            bytes_text(each.dram_write_bytes),
+            bytes_text(each.counted_bytes),
+            bytes_text(each.nvlink_bytes),
+            bytes_text(each.counted_link_bytes),
+            "; ".join(
+                dict.fromkeys(in_one_line(reason).rstrip(".") for reason in (each.reason, each.nvlink_reason) if reason)
+            ),
+        )
+        for row in case.rows
+        for each in row.counters
+    )
+    if not rows:
+        return None
+    headings = ("configuration", "stage", "L2 read hits", "first tier predicted", "DRAM read", "DRAM written")
+    return Figures(
+        title="Memory access",
+        headings=(*headings, "bytes counted", "sent over NVLink", "sent, counted", "note"),
+        rows=rows,
+        texts=frozenset({0, 9}),
+        notes=tuple(_memory_access_notes(case)),
+    ).without_empty()
+
+
+def _memory_access_notes(case: CaseResult) -> list[str]:
+    notes = [
+        "Counters of one pass of one micro-batch through the stage on one device, passes following each other. Bytes "
+        "counted: what the planner says the pass moves in and out of its tier. NVLink: one trial."
+    ]
+    baseline = baseline_row(case)
+    before = None if baseline is None else dram_bytes(baseline)
+    for row in case.rows:
+        now = dram_bytes(row)
+        if before and now is not None and row is not baseline:
+            change = f"{now / before - 1:+.1%}"
+            notes.append(
+                f"{row.name}: {format_bytes(now)} of DRAM traffic per micro-batch on all devices of a replica, against "
+                f"{format_bytes(before)} of {case.baseline} ({change})."
+            )
+    for row in case.rows:
+        share = link_share(row, case.links)
+        if share is not None:
+            notes.append(f"{row.name}: NVLink at {share:.1%} of the fastest message measured here, over a trial.")
+    return notes
+
+
+def dram_bytes(row: Row) -> float | None:
+    """Device memory read and written for one micro-batch, by all devices of a replica; None if not measured."""
+    each = [
+        counters.dram_read_bytes + counters.dram_write_bytes
+        for counters in row.counters
+        if counters.dram_read_bytes is not None and counters.dram_write_bytes is not None
+    ]
+    return sum(each) * row.tensor_parallel if each and len(each) == row.pipeline_parallel else None
+
+
+def counted_dram_bytes(row: Row) -> float | None:
+    """The same as the planner counts it; None if counters were not asked for."""
+    if len(row.counters) != row.pipeline_parallel:
+        return None
+    return row.tensor_parallel * sum(
+        counters.counted_bytes * (1 - counters.predicted_hit_fraction) for counters in row.counters
+    )
+
+
+def link_share(row: Row, links: Links) -> float | None:
+    """The busiest stage's bytes over NVLink per second of a trial, over the fastest message's rate."""
+    best = max(
+        (size / seconds for size, seconds in zip(links.send_bytes, links.send_seconds, strict=True)), default=0.0
+    )
+    measured = [counters.nvlink_bytes for counters in row.counters if counters.nvlink_bytes is not None]
+    return max(measured) / row.median_seconds / best if measured and row.seconds and best else None
+
+
+def footprint_table(case: CaseResult) -> Figures | None:
+    """A row per distinct layer: memory and time, predicted beside measured; None if no layer was timed."""
+    rows = tuple(row for times in case.layers for row in _footprint_rows(case, times))
+    if not rows:
+        return None
+    headings = ("layer", "TP", "timed as", "weights", "measured", "error", "output and buffers", "measured", "error")
+    return Figures(
+        title="Footprint per layer",
+        headings=(*headings, "total", "time", "in the first tier"),
+        rows=rows,
+        texts=frozenset({0, 2}),
+        notes=(
+            f"Of one rank, micro-batches of {case.micro_batch:,}. Predicted from the configuration alone, "
+            "then measured, then the error of the prediction. Output and buffers: the most that is alive beside "
+            "weights and input. Time: alone, weights from memory; in the first tier: over and over on one copy, "
+            "where it could fit.",
+        ),
+    ).without_empty()
+
+
+def profile_of(case: CaseResult, times: LayerTimes) -> ModelProfile | None:
+    """The layers that were timed, as the planner describes them; None if it can't any more."""
+    try:
+        profile = ModelProfile.from_config(case.model, dtype=case.dtype, granularity=times.granularity)
+        profile = profile.sharded(times.tensor_parallel) if times.tensor_parallel > 1 else profile
+    except InvalidInputError:
+        return None
+    return profile if profile.num_layers == len(times.seconds) else None
+
+
+def first_block(profile: ModelProfile) -> int | None:
+    """Position of the first layer that belongs to a transformer block; None if there is none."""
+    return next((place for place, layer in enumerate(profile.layers) if layer.block is not None), None)
+
+
+def layer_rest_bytes(case: CaseResult, layer: LayerCost) -> float:
+    """What the planner expects beside a layer's weights and input: its output and buffers, for one micro-batch."""
+    tokens = case.micro_batch * (case.sequence if case.phase == "prefill" else 1)
+    return tokens * (layer.output_bytes_per_token + layer.buffer_bytes_per_token)
+
+
+def _footprint_rows(case: CaseResult, times: LayerTimes) -> Iterable[tuple[str, ...]]:
+    profile = profile_of(case, times)
+    if profile is None:
+        return
+    for places in _alike(profile.layers, times):
+        first, last = places[0], places[-1]
+        layer, weights, peak = profile.layers[first], times.weight_bytes[first], times.peak_bytes[first]
+        buffers = layer_rest_bytes(case, layer)
+        resident = times.resident_seconds[first]
+        yield (
+            layer.name if first == last else f"{layer.name} .. {profile.layers[last].name}, each of {len(places)}",
+            str(times.tensor_parallel),
+            times.execution,
+            bytes_text(layer.weight_bytes),
+            bytes_text(weights),
+            change_text(layer.weight_bytes / weights - 1) if weights else "",
+            bytes_text(buffers),
+            bytes_text(peak),
+            change_text(buffers / peak - 1) if peak else "",
+            bytes_text(layer.weight_bytes + buffers),
+            seconds_text(times.seconds[first]),
+            "" if resident is None else seconds_text(resident),
+        )
+
+
+def _alike(layers: Sequence[LayerCost], times: LayerTimes) -> list[list[int]]:
+    """Positions of layers that are the same but for their number, in order of the first of each kind."""
+    found: dict[tuple[object, ...], list[int]] = {}
+    for place, layer in enumerate(layers):
+        measured = (times.weight_bytes[place], times.peak_bytes[place], times.seconds[place])
+        found.setdefault((layer.kind, layer.weight_bytes, *measured), []).append(place)
+    return list(found.values())
+
+
+def memory_table(case: CaseResult) -> Figures | None:
+    """A row per rank: memory after loading and at the peak; None if no configuration said."""
+    rows = _ranks_joined(
+        (
+            row.name,
+            str(each.rank),
+            bytes_text(each.predicted_weights),
+            bytes_text(each.loaded),
+            change_text(each.predicted_weights / each.loaded - 1) if each.loaded else "",
+            bytes_text(each.predicted_peak),
+            bytes_text(each.peak),
+            change_text(each.predicted_peak / each.peak - 1) if each.peak else "",
+        )
+        for row in case.rows
+        for each in row.memory
+    )
+    if not rows:
+        return None
+    why = "" if any(each.peak for row in case.rows for each in row.memory) else f" {NOT_MEASURED.capitalize()} on CPUs."
+    headings = ("configuration", "rank", "weights predicted", "loaded", "error", "peak predicted", "peak", "error")
+    return Figures(
+        title="Memory per rank",
+        headings=headings,
+        rows=rows,
+        notes=(f"Peak: weights, activations, KV cache and buffers together.{why}",),
+    )

@@ -1,0 +1,243 @@
+"""The rows of a case while they come about: built, checked, measured."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from deepspeed import comm as dist
+
+from lp_plugin.bench.experiment.agreement import together
+from lp_plugin.bench.experiment.choose import boundaries_of
+from lp_plugin.bench.experiment.contender import Contender, Outputs, Trial
+from lp_plugin.bench.experiment.decode import Decode
+from lp_plugin.bench.experiment.engines import Built, Engines, plan_of
+from lp_plugin.bench.experiment.job import CaseJob, LeftOutError, in_a_line
+from lp_plugin.bench.experiment.predict import flops_and_traffic, memory, predictions
+from lp_plugin.bench.experiment.prefill import Prefill, StockPrefill
+from lp_plugin.bench.experiment.results import Row
+from lp_plugin.bench.experiment.settings import Configuration
+from lp_plugin.errors import InfeasibleError, LpPluginError, WorkloadError
+from lp_plugin.hardware import Cluster
+from lp_plugin.job.ranks import gather
+from lp_plugin.measure.layers import synchronize
+from lp_plugin.measured import LayerTimes, Links, Memory
+from lp_plugin.quantity import format_bytes
+
+__all__ = ["Entry", "Measured", "again", "build_entry", "running"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """What is known of the machine before configurations are built."""
+
+    cluster: Cluster
+    """A device per process."""
+    calibrated: Cluster | None
+    """The same by a calibration file."""
+    is_known: bool
+    """Whether the device's peaks are those of the very GPU."""
+    times: tuple[LayerTimes, ...]
+    """Layers alone."""
+    links: Links
+    """Messages."""
+
+
+@dataclass(kw_only=True)
+class Entry:
+    """A configuration on its way to a row."""
+
+    name: str
+    """Of the row."""
+    configuration: Configuration
+    """What runs."""
+    fields: dict[str, Any] = field(default_factory=dict)
+    """Of the row, as far as they are known."""
+    contender: Contender | None = None
+    """Ready to run; None if it can't."""
+    outputs: Outputs | None = None
+    """Of its first run, as `Contender.outputs` gives them."""
+    trials: list[Trial] = field(default_factory=list)
+    """Of its turns."""
+
+    @property
+    def is_control(self) -> bool:
+        """Whether it is the baseline's second appearance."""
+        return self.name != self.configuration.name
+
+    def leave_out(self, reason: str) -> None:
+        """It is not run, or no further."""
+        self.fields["reason"] = reason
+        self.release()
+
+    def release(self) -> None:
+        """Gives back what only its trials need."""
+        if self.contender is not None:
+            self.contender.release()
+        self.contender = None
+
+    def row(self) -> Row:
+        """What was found out."""
+        strategy = self.configuration.strategy
+        tokens = [trial.token_seconds for trial in self.trials if trial.token_seconds is not None]
+        return Row(
+            name=self.name,
+            data_parallel=strategy.data_parallel,
+            tensor_parallel=strategy.tensor_parallel,
+            pipeline_parallel=strategy.pipeline_parallel,
+            partition=self.configuration.partition,
+            seconds=tuple(trial.seconds for trial in self.trials),
+            first_token_seconds=tuple(trial.first_token_seconds for trial in self.trials),
+            token_seconds=tuple(tokens),
+            **self.fields,
+        )
+
+
+def build_entry(job: CaseJob, configuration: Configuration, engines: Engines, measured: Measured) -> Entry:
+    """A configuration, built and run once, or the reason why not; collective over all ranks.
+
+    Args:
+        job: The case.
+        configuration: Which.
+        engines: Takes or makes its engine.
+        measured: Of the machine.
+    """
+    entry = Entry(name=configuration.name, configuration=configuration)
+    if configuration.name in job.excluded:
+        entry.leave_out(job.excluded[configuration.name])
+        return entry
+    try:
+        _refuse(job, configuration)
+        boundaries = _choose(job, entry, measured)
+        _check_memory(job, configuration, boundaries, measured.cluster)
+        built = engines.get(configuration, plan_of(job.case, configuration, boundaries, measured.cluster))
+        entry.contender = _contender(job, configuration, built)
+        _run_once(entry, entry.contender, memory(job.case, configuration, boundaries, measured.cluster))
+        _predict(job, entry, measured)
+    except (LpPluginError, LeftOutError) as error:
+        entry.leave_out(in_a_line(error))
+    return entry
+
+
+def _refuse(job: CaseJob, configuration: Configuration) -> None:
+    """What can't be done at all."""
+    if configuration.execution == "stock" and configuration.strategy.num_devices < job.case.processes:
+        raise WorkloadError(
+            "DeepSpeed's eval_batch waits for all processes; put one device's stock into a case of one process"
+        )
+    if job.case.phase == "prefill":
+        return
+    if configuration.execution == "eager" and torch.cuda.is_available():
+        raise WorkloadError("decoding on GPUs runs as CUDA graphs; take eager out")
+    if configuration.execution in {"graphs", "compiled"} and not torch.cuda.is_available():
+        raise WorkloadError(f"{configuration.execution} needs a GPU; take it out, or run on one")
+
+
+def _choose(job: CaseJob, entry: Entry, measured: Measured) -> tuple[int, ...]:
+    case, configuration = job.case, entry.configuration
+    boundaries = boundaries_of(case, configuration, measured.times, measured.links, measured.cluster)
+    entry.fields["boundaries"] = boundaries
+    if configuration.partition == "cache-aware":
+        entry.fields["catalogue_boundaries"] = boundaries_of(case, configuration, (), Links(), measured.cluster)
+    return boundaries
+
+
+def _check_memory(job: CaseJob, configuration: Configuration, boundaries: tuple[int, ...], cluster: Cluster) -> None:
+    usable = cluster.devices[0].memory.usable_bytes
+    most = max(peak for _, peak in memory(job.case, configuration, boundaries, cluster))
+    if most > usable:
+        raise InfeasibleError(f"does not fit: needs {format_bytes(most)} of the {format_bytes(usable)} of a device")
+
+
+def _contender(job: CaseJob, configuration: Configuration, built: Built) -> Contender:
+    if job.case.phase == "decode":
+        return Decode(job.case, configuration, built)
+    if configuration.execution == "stock":
+        return StockPrefill(job.case, configuration, built)
+    return Prefill(job.case, configuration, built)
+
+
+def _run_once(entry: Entry, contender: Contender, predicted: Sequence[tuple[int, int]]) -> None:
+    """First each rank's stage alone, then all together; memory is what that takes."""
+    cuda = torch.cuda.is_available()
+    strategy = entry.configuration.strategy
+    waits = strategy.num_devices > strategy.data_parallel
+    together(contender.alone_once)
+    before = torch.cuda.memory_allocated() if cuda else 0
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    together(contender.prepare)
+
+    def run() -> None:
+        if contender.takes_part:
+            contender.batch()
+            synchronize()
+
+    together(run, waits=waits)
+    entry.outputs = contender.outputs()  # before anything writes over them
+    loaded = contender.built.loaded_bytes
+    peak = None if loaded is None else torch.cuda.max_memory_allocated() - before + loaded
+    found = gather((loaded, peak))
+    entry.fields["memory"] = tuple(
+        Memory(
+            rank=rank,
+            predicted_weights=weights,
+            loaded=found[rank][0],
+            predicted_peak=most,
+            peak=found[rank][1],
+        )
+        for rank, (weights, most) in zip(contender.ranks, predicted, strict=True)
+    )
+    entry.fields["execution"] = gather(contender.execution)[0]
+    entry.fields["alone_seconds"] = _alone_seconds(contender)
+
+
+def _alone_seconds(contender: Contender) -> tuple[float, ...]:
+    """Of each stage, the slowest of its ranks; stages that share a CPU take turns."""
+    mine = 0.0
+    for stage in range(contender.configuration.strategy.pipeline_parallel):
+        if contender.takes_part and (torch.cuda.is_available() or stage == contender.stage) and not mine:
+            mine = contender.alone_seconds()
+        dist.barrier()
+    slowest: dict[int, float] = {}
+    for stage, seconds in gather((contender.stage, mine)):
+        slowest[stage] = max(seconds, slowest.get(stage, 0.0))
+    return tuple(slowest[stage] for stage in sorted(slowest)) if all(slowest.values()) else ()
+
+
+def _predict(job: CaseJob, entry: Entry, measured: Measured) -> None:
+    """Predictions, now that the execution is known, and what the work amounts to."""
+    case, configuration, boundaries = job.case, entry.configuration, entry.fields["boundaries"]
+    device, used = measured.cluster.devices[0], configuration.strategy.num_devices
+    flops, traffic = flops_and_traffic(case, configuration, boundaries, measured.cluster)
+    entry.fields |= {
+        "predictions": predictions(
+            case,
+            configuration,
+            boundaries,
+            measured.times,
+            measured.links,
+            measured.cluster,
+            measured.calibrated,
+            entry.fields["execution"],
+            cores=None if torch.cuda.is_available() else os.cpu_count(),
+        ),
+        "flops": flops,
+        "traffic_bytes": traffic,
+        "peak_flops": dict(device.peak_flops).get(case.dtype, 0.0) * used if measured.is_known else 0.0,
+        "peak_bandwidth": device.memory.bandwidth_bytes_per_second * used if measured.is_known else 0.0,
+    }
+
+
+def again(entry: Entry) -> Entry:
+    """The same contender under a name of its own: what differs is noise."""
+    return dataclasses.replace(entry, name=f"{entry.name} (again)", fields=dict(entry.fields), trials=[])
+
+
+def running(entries: Sequence[Entry]) -> list[tuple[Entry, Contender]]:
+    """Those that can run."""
+    return [(entry, entry.contender) for entry in entries if entry.contender is not None]

@@ -1,0 +1,241 @@
+"""What a case's measurements say: rates, ratios, shares of what the hardware could do, errors of the predictions."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from lp_plugin.bench.experiment.results import CaseResult, Prediction, Row
+from lp_plugin.bench.experiment.statistics import Ratio, Spread, ratio_of_rates, spread
+from lp_plugin.schedule import bubble_bound, makespan_seconds
+
+__all__ = [
+    "BubbleLimit",
+    "ErrorSummary",
+    "Regret",
+    "RowFigures",
+    "baseline_row",
+    "bubble_limit",
+    "control_row",
+    "error_summary",
+    "is_control",
+    "num_micro_batches",
+    "prediction_error",
+    "proposed_row",
+    "regrets",
+    "row_figures",
+    "stage_errors",
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowFigures:
+    """One configuration's figures; None where they were not measured."""
+
+    rate: Spread | None
+    """Tokens per second of the trials."""
+    ratio: Ratio | None
+    """Rate over the baseline's; None for the baseline itself."""
+    seconds_per_token: float | None
+    """1/TPS: median seconds of a trial over its tokens."""
+    token_seconds: float | None
+    """TPOT: decoding, a sequence's own seconds per token; median of the trials."""
+    first_token_seconds: float | None
+    """TTFT: until the first result; median of the trials."""
+    flops_fraction: float | None
+    """MFU: counted operations per second over the devices' peak."""
+    bandwidth_fraction: float | None
+    """HBM share: counted bytes per second over the devices' nominal bandwidth."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BubbleLimit:
+    """What a pipeline of these stages could reach if nothing but its own drain cost time."""
+
+    num_micro_batches: int
+    """Of the largest replica."""
+    bound: float
+    """m / (m + p - 1), for equal stages."""
+    slowest_seconds: float
+    """The slowest stage alone, one micro-batch."""
+    rate_at_bound: float
+    """Tokens per second: the bound times the slowest stage's rate."""
+    rate_of_stages: float
+    """Tokens per second of the schedule with each stage's own seconds; equal to the above for equal stages."""
+    share_of_bound: float
+    """Measured rate over ``rate_at_bound``; above 1 is possible only if stages are unequal."""
+    share_of_stages: float
+    """Measured rate over ``rate_of_stages``."""
+    ratio_without_bubble: Ratio | None
+    """Rate over the baseline's if neither had a bubble: the ratio over the quotient of the bounds."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Regret:
+    """What following a prediction costs against the best that was measured."""
+
+    source: str
+    """Of the predictions."""
+    chosen: str
+    """Predicted fastest."""
+    best: str
+    """Measured fastest."""
+    fraction: float
+    """Seconds of the one over seconds of the other, minus 1; 0 if they are the same."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ErrorSummary:
+    """Predictions of one source beside what was measured."""
+
+    source: str
+    """Of the predictions."""
+    count: int
+    """Configurations compared."""
+    median: float
+    """Of the absolute errors."""
+    worst: float
+    """The largest error, with its sign."""
+    where: str
+    """Case and configuration of the worst."""
+
+
+def baseline_row(case: CaseResult) -> Row | None:
+    """What ratios refer to, if it ran."""
+    return next((row for row in case.rows if row.name == case.baseline and row.seconds), None)
+
+
+def control_row(case: CaseResult) -> Row | None:
+    """The baseline's second run, if it ran."""
+    return next((row for row in case.rows if is_control(case, row) and row.seconds), None)
+
+
+def proposed_row(case: CaseResult) -> Row | None:
+    """The first layer-wise pipeline of ours that ran: whole layers on each rank, cut cache-aware."""
+    return next(
+        (
+            row
+            for row in case.rows
+            if row.seconds
+            and not row.reason
+            and row.pipeline_parallel > 1
+            and row.tensor_parallel == row.data_parallel == 1
+            and row.partition == "cache-aware"
+            and row.execution != "stock"
+            and row.name != case.baseline
+            and not is_control(case, row)
+        ),
+        None,
+    )
+
+
+def num_micro_batches(case: CaseResult, row: Row) -> int:
+    """Micro-batches of the largest replica."""
+    return math.ceil(math.ceil(case.batch / row.data_parallel) / case.micro_batch)
+
+
+def row_figures(case: CaseResult, row: Row) -> RowFigures:
+    """Everything that one configuration's trials say."""
+    baseline = baseline_row(case)
+    seconds = row.median_seconds if row.seconds else None
+    return RowFigures(
+        rate=spread([case.tokens / each for each in row.seconds]),
+        ratio=ratio_of_rates(row.seconds, baseline.seconds) if baseline is not None and baseline is not row else None,
+        seconds_per_token=None if seconds is None else seconds / case.tokens,
+        token_seconds=_median(row.token_seconds),
+        first_token_seconds=_median(row.first_token_seconds),
+        flops_fraction=_share(row.flops, seconds, row.peak_flops),
+        bandwidth_fraction=_share(row.traffic_bytes, seconds, row.peak_bandwidth),
+    )
+
+
+def bubble_limit(case: CaseResult, row: Row) -> BubbleLimit | None:
+    """How close a prefill came to its stages' own speed; None if either was not measured."""
+    if not row.seconds or not row.alone_seconds or not max(row.alone_seconds):
+        return None
+    count, baseline = num_micro_batches(case, row), baseline_row(case)
+    bound, slowest = bubble_bound(row.pipeline_parallel, count), max(row.alone_seconds)
+    bound_seconds = count * slowest / bound
+    stages_seconds = makespan_seconds(row.alone_seconds, count)
+    ratio = row_figures(case, row).ratio
+    if ratio is not None and baseline is not None:
+        ratio = ratio.times(bubble_bound(baseline.pipeline_parallel, num_micro_batches(case, baseline)) / bound)
+    return BubbleLimit(
+        num_micro_batches=count,
+        bound=bound,
+        slowest_seconds=slowest,
+        rate_at_bound=case.tokens / bound_seconds,
+        rate_of_stages=case.tokens / stages_seconds,
+        share_of_bound=bound_seconds / row.median_seconds,
+        share_of_stages=stages_seconds / row.median_seconds,
+        ratio_without_bubble=ratio,
+    )
+
+
+def prediction_error(row: Row, prediction: Prediction) -> float | None:
+    """Predicted over measured seconds of a trial, minus 1; None if it did not run."""
+    return prediction.seconds / row.median_seconds - 1 if row.seconds else None
+
+
+def stage_errors(row: Row, prediction: Prediction) -> tuple[float, ...]:
+    """The same of each stage by itself; empty if stages were not timed."""
+    if len(row.alone_seconds) != len(prediction.stage_seconds) or not all(row.alone_seconds):
+        return ()
+    pairs = zip(prediction.stage_seconds, row.alone_seconds, strict=True)
+    return tuple(predicted / measured - 1 for predicted, measured in pairs)
+
+
+def regrets(case: CaseResult) -> tuple[Regret, ...]:
+    """Of each source: the configuration predicted fastest against the one measured fastest, among those that ran."""
+    ran = [row for row in case.rows if row.seconds and not row.reason and not is_control(case, row)]
+    found = []
+    for source in _sources(ran):
+        predicted = {
+            row.name: prediction.seconds for row in ran for prediction in row.predictions if prediction.source == source
+        }
+        compared = [row for row in ran if row.name in predicted]
+        if len(compared) < 2:
+            continue
+        best = min(compared, key=lambda row: row.median_seconds)
+        chosen = min(compared, key=lambda row: predicted[row.name])
+        lost = chosen.median_seconds / best.median_seconds - 1
+        found.append(Regret(source=source, chosen=chosen.name, best=best.name, fraction=lost))
+    return tuple(found)
+
+
+def error_summary(cases: Iterable[CaseResult]) -> tuple[ErrorSummary, ...]:
+    """Of each source: median and worst error over all configurations that were predicted and ran."""
+    errors: dict[str, list[tuple[float, str]]] = {}
+    for case in cases:
+        for row in case.rows:
+            for prediction in row.predictions:
+                error = prediction_error(row, prediction)
+                if error is not None and not row.reason and not is_control(case, row):
+                    errors.setdefault(prediction.source, []).append((error, f"{case.name}: {row.name}"))
+    summaries = []
+    for source, found in errors.items():
+        worst, where = max(found, key=lambda pair: abs(pair[0]))
+        middle = statistics.median(abs(error) for error, _ in found)
+        summaries.append(ErrorSummary(source=source, count=len(found), median=middle, worst=worst, where=where))
+    return tuple(summaries)
+
+
+def _sources(rows: Iterable[Row]) -> list[str]:
+    """Of predictions, in order of appearance, each once."""
+    return list(dict.fromkeys(prediction.source for row in rows for prediction in row.predictions))
+
+
+def is_control(case: CaseResult, row: Row) -> bool:
+    """Whether a row is the baseline's second run."""
+    return row.name == f"{case.baseline} (again)"
+
+
+def _median(values: tuple[float, ...]) -> float | None:
+    return statistics.median(values) if values else None
+
+
+def _share(amount: float, seconds: float | None, peak: float) -> float | None:
+    """Amount per second over the peak; None if any of them is unknown."""
+    return amount / seconds / peak if amount and seconds and peak else None

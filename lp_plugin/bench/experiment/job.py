@@ -1,0 +1,193 @@
+"""One case as its processes get it, and how the parent sees it through, whatever becomes of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lp_plugin.bench.experiment.results import CaseResult
+from lp_plugin.bench.experiment.settings import Case
+from lp_plugin.errors import LpPluginError, RankFailedError
+from lp_plugin.files import write_atomically
+from lp_plugin.job import launch
+from lp_plugin.model.layers import Granularity
+
+__all__ = [
+    "STALLED_SECONDS",
+    "CaseJob",
+    "Doing",
+    "LeftOutError",
+    "case_fields",
+    "empty_result",
+    "in_a_line",
+    "note_reason",
+    "run_case",
+    "write_model",
+]
+
+STALLED_SECONDS = 600
+"""A process that finishes no step in this time is ended."""
+
+_MOST_RESTARTS = 4
+"""Of a case; configurations that end their processes one after the other have a common cause."""
+_DOING, _REASON = "doing.json", "reason.txt"
+
+
+class LeftOutError(Exception):
+    """A configuration can't be run here; raised on every rank, the message says why."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CaseJob:
+    """What the processes of a case are told."""
+
+    case: Case
+    """What to measure."""
+    directory: str
+    """Of the model's ``config.json``."""
+    folder: str
+    """For notes to the parent."""
+    trials: int
+    """Turns of each configuration."""
+    tables: frozenset[str]
+    """Wanted; only what they need is measured."""
+    times: tuple[tuple[int, Granularity], ...]
+    """Tensor-parallel degrees and granularities in which layers are timed."""
+    calibration: str | None = None
+    """Cluster file for predictions."""
+    excluded: Mapping[str, str] = field(default_factory=dict)
+    """Name of a configuration -> why it is not tried (again)."""
+    start: float = 0.0
+    """``time.time()`` when the experiment began."""
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether configurations are built at all."""
+        return bool(self.tables & {"performance", "consistency", "time-split", "memory-access"})
+
+    @property
+    def has_trials(self) -> bool:
+        """Whether they take turns."""
+        return bool(self.tables & {"performance", "consistency"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Doing:
+    """What the processes of a case were last busy with."""
+
+    what: str = "starting"
+    """In words."""
+    configuration: str | None = None
+    """Whose turn it was."""
+
+    def note(self, folder: str) -> None:
+        """Leaves it where the parent finds it."""
+        write_atomically(Path(folder) / _DOING, json.dumps(dataclasses.asdict(self)))
+
+    @classmethod
+    def noted(cls, folder: str) -> Doing:
+        """What was left last."""
+        path = Path(folder) / _DOING
+        return cls(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else cls()
+
+
+def note_reason(folder: str, error: BaseException) -> None:
+    """Leaves an error for the parent; of several processes the first one's stays."""
+    try:
+        with (Path(folder) / _REASON).open("x", encoding="utf-8") as file:
+            file.write(in_a_line(error))
+    except FileExistsError:
+        return
+
+
+def run_case(job: CaseJob, entry: Callable[[CaseJob], CaseResult | None], say: Callable[[str], None]) -> CaseResult:
+    """Runs a case in processes of its own; a configuration that ends them is left out of another try.
+
+    Args:
+        job: What to do.
+        entry: A function of a module; runs one rank, and returns the result on rank 0.
+        say: Takes lines on the progress.
+
+    Returns:
+        The result; without rows, and with a reason, if the processes failed with no configuration to blame.
+    """
+    while True:
+        with tempfile.TemporaryDirectory(prefix="lp-plugin-bench-") as folder:
+            tried = dataclasses.replace(job, folder=folder)
+            try:
+                return _in_processes(tried, entry)
+            except (LpPluginError, SystemExit) as error:
+                doing = Doing.noted(folder)
+                reason = f"{_why(error, folder)} while {doing.what}"
+        blamed = doing.configuration
+        if blamed is None or blamed in job.excluded or len(job.excluded) == _MOST_RESTARTS:
+            say(f"case {job.case.name} failed: {reason}")
+            return empty_result(job.case, reason)
+        say(f"{blamed} is left out, and the case starts again: {reason}")
+        job = dataclasses.replace(job, excluded={**job.excluded, blamed: reason})
+
+
+def _in_processes(job: CaseJob, entry: Callable[[CaseJob], CaseResult | None]) -> CaseResult:
+    before = dict(os.environ)  # the launcher settles threads for this number of processes
+    try:
+        result: CaseResult = launch.launch_local(job.case.processes, entry, job)
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+    return result
+
+
+def _why(error: BaseException, folder: str) -> str:
+    """The first process's error, in a line."""
+    path = Path(folder) / _REASON
+    if isinstance(error, RankFailedError) and "was killed" in str(error):
+        return str(error).partition(";")[0]
+    if path.exists():
+        return path.read_text(encoding="utf-8")
+    if isinstance(error, RankFailedError):
+        return f"no progress in {STALLED_SECONDS} seconds, or a process ended without a word,"
+    return in_a_line(error)
+
+
+def in_a_line(error: BaseException) -> str:
+    """A reason for a table: the first line of a message that we wrote; of others with the kind of error."""
+    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    if isinstance(error, LpPluginError | LeftOutError):
+        return first.rstrip(".")
+    return f"{type(error).__name__}: {first}".rstrip(": .")[:400]
+
+
+def empty_result(case: Case, reason: str) -> CaseResult:
+    """A case that did not run, and why."""
+    return CaseResult(**case_fields(case), reason=reason)
+
+
+def case_fields(case: Case) -> dict[str, Any]:
+    """What a result repeats of its case."""
+    return {
+        "name": case.name,
+        "model": dict(case.config),
+        "dtype": case.dtype,
+        "phase": case.phase,
+        "processes": case.processes,
+        "batch": case.batch,
+        "micro_batch": case.micro_batch,
+        "sequence": case.sequence,
+        "new_tokens": case.new_tokens,
+        "tokens": case.tokens,
+        "baseline": case.baseline,
+    }
+
+
+def write_model(case: Case, folder: Path) -> Path:
+    """A model directory with nothing but the configuration, in which no token ends a sequence."""
+    folder.mkdir()
+    config = dict(case.config) | {"eos_token_id": None}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return folder

@@ -1,0 +1,131 @@
+"""Prefill of whole sequences: by our own schedule, or by DeepSpeed's ``eval_batch``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from deepspeed.runtime.pipe import p2p
+from numpy.typing import NDArray
+
+from lp_plugin.bench.experiment.contender import Contender, Trial, timed
+from lp_plugin.bench.experiment.engines import Built
+from lp_plugin.bench.experiment.settings import Case, Configuration
+from lp_plugin.integrations.deepspeed import forward
+from lp_plugin.integrations.deepspeed.engine import stage_alone_seconds
+
+__all__ = ["Prefill", "StockPrefill"]
+
+
+class Prefill(Contender):
+    """Whole sequences through our own schedule."""
+
+    def __init__(self, case: Case, configuration: Configuration, built: Built) -> None:
+        super().__init__(case, configuration, built)
+        if configuration.execution != "stock":
+            self.execution: forward.Execution = configuration.execution
+        self._pipelines: list[forward.ForwardPipeline] = []
+        self._last: torch.Tensor | None = None
+
+    def prepare(self) -> None:
+        """See `Contender.prepare`."""
+        if not self.takes_part:
+            return
+        self._inputs = self._micro_batches()
+        for count in (self.num_micro_batches, 1):
+            pipeline = forward.ForwardPipeline(
+                self.engine,
+                num_micro_batches=count,
+                rows=self.rows,
+                tokens=self.case.sequence,
+                execution=self.execution,
+            )
+            self._pipelines.append(pipeline)
+            self.execution = pipeline.execution  # the same for the other one
+
+    def batch(self) -> None:
+        """See `Contender.batch`."""
+        self._last = self._pipelines[0].run(self._inputs, self._inputs)
+
+    def trial(self) -> Trial:
+        """See `Contender.trial`."""
+        seconds = timed(self.takes_part, self.batch)
+        return Trial(seconds=seconds, first_token_seconds=timed(self.takes_part, self._first))
+
+    def outputs(self) -> NDArray[np.float32] | None:
+        """See `Contender.outputs`."""
+        return None if self._last is None or self.replica else np.array(self._last[0].float().cpu())
+
+    def alone_seconds(self) -> float:
+        """See `Contender.alone_seconds`."""
+        return float(self._pipelines[0].alone_seconds())
+
+    def release(self) -> None:
+        """See `Contender.release`."""
+        self._last = None
+        while self._pipelines:
+            self._pipelines.pop().release()
+
+    def _first(self) -> None:
+        inputs = self._inputs[:1]
+        self._pipelines[1].run(inputs, inputs)
+
+
+class StockPrefill(Contender):
+    """Whole sequences through DeepSpeed's own ``eval_batch``."""
+
+    def __init__(self, case: Case, configuration: Configuration, built: Built) -> None:
+        super().__init__(case, configuration, built)
+        self.execution = "stock"
+        self._last: torch.Tensor | None = None
+
+    def prepare(self) -> None:
+        """See `Contender.prepare`."""
+        self._inputs = list(self._micro_batches())
+
+    def batch(self) -> None:
+        """See `Contender.batch`."""
+        self._last = self._run(self._inputs)
+
+    def trial(self) -> Trial:
+        """See `Contender.trial`."""
+        seconds = timed(self.takes_part, self.batch)
+        return Trial(seconds=seconds, first_token_seconds=timed(self.takes_part, self._first))
+
+    def outputs(self) -> NDArray[np.float32] | None:
+        """See `Contender.outputs`."""
+        return None if self._last is None or self.replica else np.array(self._last.float().cpu())
+
+    def alone_seconds(self) -> float:
+        """See `Contender.alone_seconds`."""
+        group = None
+        if self.configuration.strategy.tensor_parallel > 1:
+            group = self.engine.grid.get_slice_parallel_group()
+        warm_up = 1.0 if torch.cuda.is_available() else 0.0
+        return stage_alone_seconds(self._whole_stage(), self._stage_input(), warm_up_seconds=warm_up, group=group)
+
+    def release(self) -> None:
+        """See `Contender.release`."""
+        self._inputs, self._last = [], None
+
+    def _first(self) -> None:
+        self._run(self._inputs[:1])
+
+    def _run(self, inputs: Sequence[torch.Tensor]) -> torch.Tensor | None:
+        """The first micro-batch's results, on the last stage."""
+        engine = self.engine
+        engine.total_loss = None  # eval_batch would go on adding to it
+        if engine.grid.pipe_parallel_size > 1:
+            p2p.init_process_groups(engine.grid)  # another engine of this process has set its own neighbours
+        engine.reset_activation_shape()
+        engine.set_train_micro_batch_size(self.rows)
+        ends = engine.is_first_stage() or engine.is_last_stage()
+        outputs = engine.eval_batch(
+            iter([(each, each) for each in inputs] if ends else []),
+            compute_loss=True,
+            reduce_output=None,
+            bcast_loss=False,
+            num_micro_batches=len(inputs),
+        )
+        return outputs[0] if engine.is_last_stage() else None

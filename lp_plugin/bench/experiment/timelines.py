@@ -1,0 +1,118 @@
+"""Pictures of profiled trials: where each rank's time went, and what it did when."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lp_plugin.bench.experiment.pictures import new_axes
+from lp_plugin.bench.experiment.results import CaseResult, Row
+from lp_plugin.measured import TimeSplit
+from lp_plugin.picture import save_figure
+
+__all__ = ["spans_picture", "split_picture"]
+
+_PARTS = {
+    "compute alone": "#4477aa",
+    "compute and communication at once": "#66ccee",
+    "bytes moving, nothing computed": "#cc3311",
+    "waiting for the peer": "#ee9988",
+    "communication alone, moving or waiting": "#cc6677",
+    "idle": "#dddddd",
+}
+_KINDS = {"compute": "#4477aa", "communication": "#cc3311"}
+
+
+def split_picture(case: CaseResult, path: Path) -> bool:
+    """A bar per profiled rank of what its trial was made of.
+
+    Returns:
+        Whether there was anything to draw.
+    """
+    bars = [(f"{row.name}, rank {split.rank}", _parts(split)) for row in case.rows for split in row.split]
+    if not bars:
+        return False
+    figure, axes = new_axes(11.0, 1.7 + 0.28 * len(bars))
+    used = set()
+    for place, (_, parts) in enumerate(bars):
+        left = 0.0
+        for name, share in parts.items():
+            if share > 0:
+                label = None if name in used else name
+                axes.barh(place, share, left=left, color=_PARTS[name], height=0.8, label=label)
+                used.add(name)
+                if share > 4:
+                    shade = "black" if name in {"idle", "compute and communication at once"} else "white"
+                    axes.text(
+                        left + share / 2, place, f"{share:.0f}", ha="center", va="center", fontsize=7, color=shade
+                    )
+            left += share
+    axes.set_yticks(range(len(bars)), [name for name, _ in bars], fontsize=8)
+    axes.set_ylim(len(bars) - 0.4, -0.6)
+    axes.set_xlim(0, 100)
+    axes.set_xlabel("% of the profiled trial")
+    axes.spines[["top", "right"]].set_visible(False)
+    handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    order = [name for name in _PARTS if name in handles]
+    figure.legend(
+        [handles[name] for name in order], order, loc="outside lower center", ncols=3, fontsize=8, frameon=False
+    )
+    figure.suptitle(f"{case.name}: where time went", fontsize=11)
+    save_figure(figure, path)
+    return True
+
+
+def _parts(split: TimeSplit) -> dict[str, float]:
+    """Shares in per cent, disjoint."""
+    alone, moving = split.communication_seconds - split.overlap_seconds, split.exposed_transfer_seconds
+    seconds = {
+        "compute alone": split.compute_seconds - split.overlap_seconds,
+        "compute and communication at once": split.overlap_seconds,
+    }
+    if moving is None:
+        seconds["communication alone, moving or waiting"] = alone
+    else:
+        seconds |= {"bytes moving, nothing computed": moving, "waiting for the peer": alone - moving}
+    seconds["idle"] = split.idle_seconds
+    whole = split.wall_seconds or 1.0
+    return {name: 100 * max(each, 0.0) / whole for name, each in seconds.items()}
+
+
+def spans_picture(case: CaseResult, row: Row, path: Path) -> bool:
+    """Lanes of every profiled rank over the trial's time.
+
+    Returns:
+        Whether there was anything to draw.
+    """
+    lanes = [(split, lane) for split in row.split for lane in dict.fromkeys(span.lane for span in split.spans)]
+    if not lanes:
+        return False
+    figure, axes = new_axes(11.0, 1.5 + 0.32 * len(lanes))
+    end = max(span.stop_seconds for split in row.split for span in split.spans)
+    scale, unit = (1.0, "s") if end >= 10 else (1e3, "ms") if end >= 1e-2 else (1e6, "us")
+    for place, (split, lane) in enumerate(lanes):
+        for kind, colour in _KINDS.items():
+            _draw_lane(
+                axes,
+                place,
+                [
+                    (span.start_seconds * scale, (span.stop_seconds - span.start_seconds) * scale)
+                    for span in split.spans
+                    if span.lane == lane and span.kind == kind
+                ],
+                colour,
+            )
+    axes.set_yticks(range(len(lanes)), [f"rank {split.rank}: {lane}" for split, lane in lanes], fontsize=8)
+    axes.set_ylim(len(lanes) - 0.4, -0.6)
+    axes.set_xlim(0, end * scale)
+    axes.set_xlabel(f"{unit}; blue: compute, red: communication")
+    axes.spines[["top", "right"]].set_visible(False)
+    is_cut = end < 0.95 * max(split.wall_seconds for split in row.split)
+    figure.suptitle(f"{case.name}, {row.name}: {'start of the' if is_cut else 'one'} profiled trial", fontsize=11)
+    save_figure(figure, path)
+    return True
+
+
+def _draw_lane(axes: Any, place: int, spans: list[tuple[float, float]], colour: str) -> None:
+    if spans:
+        axes.broken_barh(spans, (place - 0.38, 0.76), facecolors=colour, edgecolors="none")

@@ -1,0 +1,82 @@
+"""Turns: A B C C B A ..., so that a clock that falls meets all; each turn as many batches as it takes to be sure."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from lp_plugin.bench.experiment.contender import Contender, Outputs, Trial
+
+__all__ = ["differs", "passes_per_turn", "take_turn", "turn_order", "warm_up"]
+
+_WARM_UPS = 2
+_WARM_UP_SECONDS = {True: 2.0, False: 0.5}
+"""By whether there are GPUs, whose clocks fall under load."""
+_TURN_SECONDS = {True: 0.3, False: 0.1}
+"""A turn of short batches takes the median of as many as fit into this."""
+_MOST_PASSES = 51
+_TOLERANCE = {"float32": 1e-4, "float16": 0.03, "bfloat16": 0.1}
+"""Norm of the difference over the norm, after tens of layers whose sums are rounded in another order."""
+_EQUAL_TOKENS = {"float32": 1.0, "float16": 0.5, "bfloat16": 0.5}
+"""Least share of first tokens that agree; likeliest tokens of random weights lie close together."""
+
+
+def warm_up(contender: Contender) -> Trial:
+    """Trials until clocks, caches and libraries have settled; collective. The last one."""
+    passed, trials = 0.0, 0
+    while trials < _WARM_UPS or passed < _WARM_UP_SECONDS[torch.cuda.is_available()]:
+        trial = contender.trial()
+        passed += trial.seconds + trial.first_token_seconds
+        trials += 1
+    return trial
+
+
+def passes_per_turn(trial: Trial) -> int:
+    """Batches of one turn, an odd number; the same on every rank."""
+    wanted = math.ceil(_TURN_SECONDS[torch.cuda.is_available()] / max(trial.seconds, 1e-6))
+    return min(wanted | 1, _MOST_PASSES)
+
+
+def take_turn(contender: Contender, passes: int) -> Trial:
+    """One turn: the median of each figure over the batches; collective over all ranks of the case."""
+    trials = [contender.trial() for _ in range(passes)]
+    tokens = [each.token_seconds for each in trials if each.token_seconds is not None]
+    return Trial(
+        seconds=statistics.median(each.seconds for each in trials),
+        first_token_seconds=statistics.median(each.first_token_seconds for each in trials),
+        token_seconds=statistics.median(tokens) if tokens else None,
+    )
+
+
+def turn_order(count: int, turns: int) -> list[int]:
+    """Positions in the order of their turns.
+
+    Example:
+        >>> turn_order(3, 2)
+        [0, 1, 2, 2, 1, 0]
+    """
+    there = list(range(count))
+    return [position for turn in range(turns) for position in (there[::-1] if turn % 2 else there)]
+
+
+def differs(found: Outputs, wanted: Outputs, dtype: str) -> str:
+    """Why results are not those of the baseline, but for rounding; empty if they are.
+
+    Args:
+        found: Of a configuration.
+        wanted: The baseline's; rows that only one of them has are not compared.
+        dtype: What the model computes in.
+    """
+    rows: Sequence[int] = range(min(len(found), len(wanted)))
+    mine, theirs = found[rows], wanted[rows]
+    if mine.shape != theirs.shape:
+        return f"wrong results: shape {mine.shape}, the baseline's is {theirs.shape}"
+    if np.issubdtype(mine.dtype, np.integer):
+        agree = float((mine[:, 0] == theirs[:, 0]).mean())
+        return "" if agree >= _EQUAL_TOKENS[dtype] else f"wrong results: {agree:.0%} of first tokens are the baseline's"
+    error = float(np.linalg.norm(mine - theirs) / np.linalg.norm(theirs))
+    return "" if error <= _TOLERANCE[dtype] else f"wrong results: logits differ from the baseline's by {error:.2g}"

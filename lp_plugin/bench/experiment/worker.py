@@ -1,0 +1,201 @@
+"""One rank of a case: measures the machine, builds the configurations, lets them take turns."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import os
+from typing import Literal
+
+import torch
+from deepspeed import comm as dist
+
+from lp_plugin.bench.experiment.agreement import together
+from lp_plugin.bench.experiment.contender import Outputs, Trial
+from lp_plugin.bench.experiment.engines import Engines
+from lp_plugin.bench.experiment.entries import Entry, Measured, again, build_entry, running
+from lp_plugin.bench.experiment.environment import describe_environment, device_name
+from lp_plugin.bench.experiment.insight import count_sent, counted, profile_entries
+from lp_plugin.bench.experiment.job import CaseJob, LeftOutError, case_fields, note_reason
+from lp_plugin.bench.experiment.results import CaseResult
+from lp_plugin.bench.experiment.steps import Steps
+from lp_plugin.bench.experiment.trials import differs, passes_per_turn, take_turn, turn_order, warm_up
+from lp_plugin.errors import HardwareError
+from lp_plugin.hardware import Cluster
+from lp_plugin.integrations.transformers.layer_times import time_model_layers
+from lp_plugin.job.ranks import agree, gather, run_rank
+from lp_plugin.measure.device import detect_device
+from lp_plugin.measure.links import time_links
+from lp_plugin.measured import LayerTimes, Links
+from lp_plugin.model.layers import Granularity
+
+__all__ = ["run_case_rank"]
+
+Timed = Literal["eager", "graphs", "compiled"]
+"""Ways to time layers."""
+
+
+def run_case_rank(job: CaseJob) -> CaseResult | None:
+    """This process's part of a case; collective. The result on rank 0, None elsewhere."""
+    try:
+        return run_rank(lambda: job, _run)
+    except BaseException as error:
+        note_reason(job.folder, error)
+        raise
+
+
+def _run(job: CaseJob) -> CaseResult | None:
+    steps = Steps(job)
+    steps.begin("measuring the machine")
+    measured = _measure(job, steps)
+    entries: list[Entry] = []
+    turns: list[str] = []
+    if job.has_rows:
+        entries = _build(job, measured, steps)
+        _check_outputs(job, entries, steps)
+    if job.has_trials:
+        turns = _take_turns(job, entries, steps)
+    if "time-split" in job.tables:
+        profile_entries(entries, steps)
+    if "memory-access" in job.tables and job.case.counters:
+        count_sent(job, counted(job.case, entries), steps)
+    for entry in entries:
+        entry.release()  # graphs have to go before the process groups that they use
+    steps.end()
+    environment = describe_environment(gather(device_name()))
+    if dist.get_rank():
+        return None
+    return CaseResult(
+        **case_fields(job.case),
+        rows=tuple(entry.row() for entry in entries),
+        turns=tuple(turns),
+        layers=measured.times,
+        links=measured.links,
+        environment=environment,
+    )
+
+
+def _measure(job: CaseJob, steps: Steps) -> Measured:
+    cluster, is_known = _cluster(job)
+    links = time_links(_device()) if job.case.processes > 1 else Links()
+    times: list[LayerTimes] = []
+    for tensor_parallel, granularity in job.times:
+        for execution in _executions(job):
+            what = f"timing layers alone, TP={tensor_parallel}, {granularity}s, {execution}"
+            steps.begin(what)
+            try:
+                found = together(functools.partial(_time, job, cluster, tensor_parallel, granularity, execution))
+            except LeftOutError as error:
+                steps.say(f"{what}: {error}")
+                continue
+            times.append(agree(found))
+            steps.say(what)
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # copies of layers, and graphs over them
+    calibrated = None if job.calibration is None else Cluster.from_toml(job.calibration)
+    return Measured(cluster=cluster, calibrated=calibrated, is_known=is_known, times=tuple(times), links=links)
+
+
+def _time(
+    job: CaseJob, cluster: Cluster, tensor_parallel: int, granularity: Granularity, execution: Timed
+) -> LayerTimes | None:
+    """Layers alone, on rank 0; the others rest."""
+    if dist.get_rank():
+        return None
+    case, tiers = job.case, cluster.devices[0].tiers
+    return time_model_layers(
+        case.config,
+        dtype=case.dtype,
+        device=_device(),
+        rows=min(case.micro_batch, case.batch),
+        tokens=case.sequence,
+        cache_length=case.sequence + case.new_tokens if case.phase == "decode" else 0,
+        tensor_parallel=tensor_parallel,
+        execution=execution,
+        granularity=granularity,
+        first_tier_bytes=tiers[0].usable_bytes if len(tiers) > 1 else 0,
+    )
+
+
+def _executions(job: CaseJob) -> list[Timed]:
+    """In which layers are timed: those that configurations may run in."""
+    if not torch.cuda.is_available():
+        return ["eager"]
+    asked = {each.execution for each in job.case.configurations}
+    ways: dict[Timed, set[str]] = {"eager": {"auto", "eager", "stock"}, "graphs": {"auto", "graphs"}}
+    if job.case.phase == "decode":
+        ways = {"graphs": {"auto", "graphs"}}
+    return [way for way, executions in (ways | {"compiled": {"compiled"}}).items() if asked & executions]
+
+
+def _cluster(job: CaseJob) -> tuple[Cluster, bool]:
+    """A device per process, as rank 0 finds its own; one that the catalogue lacks as the calibration describes it."""
+    processes = job.case.processes
+    try:
+        device = detect_device(int(os.environ["LOCAL_RANK"]), processes)
+    except HardwareError:
+        if job.calibration is None:
+            raise
+        return Cluster.from_toml(job.calibration).subset(processes), False
+    return Cluster.homogeneous(agree(device), processes), torch.cuda.is_available()
+
+
+def _device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def _build(job: CaseJob, measured: Measured, steps: Steps) -> list[Entry]:
+    engines = Engines(job, measured.cluster)
+    entries = []
+    for configuration in job.case.configurations:
+        steps.begin(f"building {configuration.name}", configuration.name)
+        entry = build_entry(job, configuration, engines, measured)
+        fields = entry.fields
+        if entry.contender is None:
+            steps.say(f"{entry.name} is left out: {fields['reason']}")
+        else:
+            owner = entry.contender.built.made_for
+            shared = "" if owner == entry.name else f", on the engine of {owner}"
+            steps.say(f"{entry.name} is built, {fields['execution']}, boundaries {list(fields['boundaries'])}{shared}")
+        entries.append(entry)
+    return entries
+
+
+def _check_outputs(job: CaseJob, entries: list[Entry], steps: Steps) -> None:
+    """Leaves out what computes something else than the baseline does (than the first that runs, if that does not)."""
+    steps.begin("comparing results")
+    found: dict[str, Outputs] = {}
+    for entry, _ in running(entries):
+        made = gather(entry.outputs)
+        found[entry.name] = next(each for each in made if each is not None)
+    reference = found.get(job.case.baseline, next(iter(found.values()), None))
+    for entry, _ in running(entries):
+        reason = "" if reference is None else agree(differs(found[entry.name], reference, job.case.dtype))
+        if reason:
+            steps.say(f"{entry.name} is left out: {reason}")
+            entry.leave_out(reason)
+
+
+def _take_turns(job: CaseJob, entries: list[Entry], steps: Steps) -> list[str]:
+    """Trials of all, the baseline a second time as the control; names in order of the turns."""
+    entries += [again(entry) for entry, _ in running(entries) if entry.name == job.case.baseline]
+    there = running(entries)
+    passes: list[int] = []
+    for entry, contender in there:
+        steps.begin(f"warming up {entry.name}", entry.configuration.name)
+        trial = warm_up(contender)
+        passes.append(passes_per_turn(trial))
+        steps.say(f"{entry.name} is warm, {_rate(job, trial)}")
+    turns = []
+    for position in turn_order(len(there), job.trials):
+        entry, contender = there[position]
+        steps.begin(f"running {entry.name}", entry.configuration.name)
+        entry.trials.append(take_turn(contender, passes[position]))
+        turns.append(entry.name)
+        steps.say(f"turn {len(entry.trials)} of {job.trials}: {entry.name}, {_rate(job, entry.trials[-1])}")
+    return turns
+
+
+def _rate(job: CaseJob, trial: Trial) -> str:
+    return f"{job.case.tokens / trial.seconds:,.0f} tokens/s"

@@ -1,0 +1,226 @@
+"""``lp-plugin profile``: a model's layers timed on this machine, beside what the planner predicts of them."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from lp_plugin.errors import InvalidInputError, WorkloadError
+from lp_plugin.files import check_target, write_atomically
+from lp_plugin.generate.static_layers import last_logits, on_static_caches, replayed
+from lp_plugin.hardware import Cluster
+from lp_plugin.integrations.transformers.layer_times import time_model_layers
+from lp_plugin.measure.device import detect_device
+from lp_plugin.measured import LayerTimes
+from lp_plugin.model import ModelProfile
+from lp_plugin.model.architecture import read_config
+from lp_plugin.model.layers import Granularity
+from lp_plugin.planner import make_plan
+from lp_plugin.quantity import format_bytes, format_seconds
+from lp_plugin.solver.layer_table import LayerTable
+from lp_plugin.solver.solve import evaluate
+from lp_plugin.workload import Workload
+
+__all__ = ["profile_model"]
+
+_MICRO_BATCHES = 4
+"""Per stage, of the batch that boundaries are compared for."""
+
+
+def profile_model(
+    console: Console,
+    model: str,
+    *,
+    sequence: int,
+    micro_batch: int,
+    phase: Literal["prefill", "decode"],
+    dtype: str | None,
+    granularity: Granularity,
+    tensor_parallel: int,
+    cluster: str | None,
+    stages: int | None,
+    output: Path | None,
+) -> None:
+    """Times the layers, prints a table, writes the times.
+
+    Args:
+        console: For the table.
+        model: Directory or ``config.json``.
+        sequence: Tokens per sequence; when decoding, of the cache.
+        micro_batch: Sequences.
+        phase: What is timed.
+        dtype: Instead of the config's.
+        granularity: Whether blocks are whole.
+        tensor_parallel: Ranks that share each layer.
+        cluster: What to predict for; None asks the driver.
+        stages: For which to compare boundaries; None for none.
+        output: JSON file of the times; None for none.
+
+    Raises:
+        LpPluginError: Any of its kinds, before anything is timed.
+    """
+    if output is not None:
+        _check_output(output)
+    whole = ModelProfile.from_config(model, dtype=dtype, granularity=granularity)
+    asked = _Asked(
+        profile=whole.sharded(tensor_parallel) if tensor_parallel > 1 else whole,
+        cluster=_cluster(cluster, (stages or 1) * tensor_parallel).grouped(tensor_parallel),
+        workload=Workload(
+            phase=phase,
+            batch=micro_batch * _MICRO_BATCHES * (stages or 1),
+            sequence=sequence,
+            micro_batch=micro_batch,
+        ),
+    )
+    cuda = torch.cuda.is_available()
+    with _one_thread():
+        times = time_model_layers(
+            read_config(model),
+            dtype=whole.dtype,
+            device=torch.device("cuda", 0) if cuda else torch.device("cpu"),
+            rows=micro_batch,
+            tokens=sequence,
+            cache_length=sequence if phase == "decode" else 0,
+            tensor_parallel=tensor_parallel,
+            execution="graphs" if cuda and phase == "decode" else "eager",
+            granularity=granularity,
+            first_tier_bytes=asked.first_tier_bytes,
+        )
+    console.print(asked.table(times))
+    for line in asked.remarks(times, stages):
+        console.print(line)
+    if output is not None:
+        layers = [layer.name for layer in whole.layers]
+        shape = {"phase": phase, "sequence": sequence, "micro_batch": micro_batch, "dtype": whole.dtype}
+        figures = {"model": whole.name, **shape, "layers": layers, "times": dataclasses.asdict(times)}
+        write_atomically(output, json.dumps(figures, indent=1) + "\n")
+        console.print(f"written: {output}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Asked:
+    """What is predicted and for what."""
+
+    profile: ModelProfile
+    """As one rank of a group holds the layers."""
+    cluster: Cluster
+    """A device, or group, for each stage."""
+    workload: Workload
+    """With its micro-batch."""
+
+    @property
+    def first_tier_bytes(self) -> int:
+        """Of the device's first tier, if it is not its memory."""
+        tiers = self.cluster.devices[0].tiers
+        return tiers[0].usable_bytes if len(tiers) > 1 else 0
+
+    @property
+    def as_run(self) -> ModelProfile:
+        """The layers as generation or scoring runs them."""
+        if self.workload.phase == "prefill":
+            return self.profile
+        return last_logits(on_static_caches(self.profile, 1, self.workload.sequence), 1)
+
+    def table(self, times: LayerTimes) -> Table:
+        """A row for each kind of layer."""
+        device = self.cluster.devices[0]
+        if times.execution != "eager":
+            device = replayed(device, compiled=False)
+        costs = LayerTable(self.as_run, self.workload)
+        predicted = costs.seconds(device, len(device.tiers) - 1)
+        table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+        table.add_column("layer", no_wrap=True)
+        for heading in ("predicted", "measured", "off", "in cache", "weights", "measured", "beside them", "measured"):
+            table.add_column(heading, justify="right", no_wrap=True)
+        for first, count in self._kinds():
+            seconds, resident = times.seconds[first], times.resident_seconds[first]
+            peak = times.peak_bytes[first]
+            name = self.profile.layers[first].name
+            table.add_row(
+                name if count == 1 else f"{name} and {count - 1} alike",
+                format_seconds(float(predicted[first])),
+                format_seconds(seconds),
+                f"{predicted[first] / seconds - 1:+.0%}" if seconds else "",
+                "" if resident is None else format_seconds(resident),
+                format_bytes(float(costs.weights[first])),
+                format_bytes(times.weight_bytes[first]),
+                format_bytes(float(costs.buffers[first] + costs.cuts[first + 1])),
+                "not measured" if peak is None else format_bytes(peak),
+            )
+        return table
+
+    def remarks(self, times: LayerTimes, stages: int | None) -> list[str]:
+        """What the table does not say."""
+        lines = [f"{times.execution}; besides, each pass of a stage takes {format_seconds(times.pass_seconds)}"]
+        if times.launch_seconds:
+            lines.append(f"launching a block kernel by kernel takes the host {format_seconds(times.launch_seconds)}")
+        if stages is not None:
+            lines.append(self._moves(times, stages))
+        return lines
+
+    def _kinds(self) -> list[tuple[int, int]]:
+        """First position and number of the layers of each kind."""
+        kinds: dict[object, list[int]] = {}
+        for position, layer in enumerate(self.profile.layers):
+            kinds.setdefault(dataclasses.replace(layer, name=layer.kind, block=None), []).append(position)
+        return [(positions[0], len(positions)) for positions in kinds.values()]
+
+    def _moves(self, times: LayerTimes, stages: int) -> str:
+        """Whether the best boundaries are others with the times measured."""
+        predicted = make_plan(self.profile, self.cluster, self.workload, stages)
+        timed = self.profile.with_seconds(times.seconds, measured_on=self.cluster.devices[0])
+        best = make_plan(timed, self.cluster, self.workload, stages)
+        before = evaluate(timed, self.cluster, self.workload, predicted.boundaries)
+        loss = before.bottleneck_seconds / best.bottleneck_seconds - 1
+        if before.bottleneck_seconds <= best.bottleneck_seconds:
+            return (
+                f"the cut into {stages} stages stays: {_joined(predicted.boundaries)} is best with the times measured"
+            )
+        return (
+            f"the cut into {stages} stages moves: predicted {_joined(predicted.boundaries)}, with the times measured "
+            f"{_joined(best.boundaries)}; the predicted one takes {loss:.1%} longer"
+        )
+
+
+def _cluster(spec: str | None, count: int) -> Cluster:
+    """The devices to predict for; without a word about them, as many of this host's kind as it takes."""
+    if spec is None:
+        return Cluster.homogeneous(detect_device(0, 1), count)
+    cluster = Cluster.parse(spec)
+    if len(cluster.devices) < count:
+        raise WorkloadError(f"--cluster {spec} has {len(cluster.devices)} devices, but {count} are needed; give more.")
+    return cluster.subset(count)
+
+
+def _check_output(output: Path) -> None:
+    try:
+        check_target(output)
+    except OSError as error:
+        raise InvalidInputError(f"the times can't be written to {output}: {error}.") from None
+    if not output.resolve().parent.is_dir():
+        raise InvalidInputError(f"the times can't be written to {output}: its folder does not exist; make it.")
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """A CPU as the catalogue describes it: one core."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _joined(boundaries: tuple[int, ...]) -> str:
+    return ", ".join(map(str, boundaries))

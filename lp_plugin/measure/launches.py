@@ -1,0 +1,42 @@
+"""What it takes to start a kernel: one by one, and in a replayed CUDA graph."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from lp_plugin.measure.turns import Runner, seconds_in_turns
+
+__all__ = ["LaunchSeconds", "launch_seconds"]
+
+_KERNELS = 100
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LaunchSeconds:
+    """Of an operation on a single number, launched back to back."""
+
+    eager: float
+    """Each from Python."""
+    replayed: float | None
+    """In a CUDA graph of many; None without a GPU."""
+
+
+def launch_seconds(device: torch.device) -> LaunchSeconds:
+    """Measures both."""
+    number = torch.zeros(1, device=device)
+
+    def add() -> None:
+        for _ in range(_KERNELS):
+            number.add_(1.0)
+
+    runners = [Runner(run=add, passes=_KERNELS)]
+    if device.type == "cuda":
+        add()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            add()
+        runners.append(Runner(run=graph.replay, passes=_KERNELS))
+    eager, *replayed = seconds_in_turns(runners, device)
+    return LaunchSeconds(eager=eager, replayed=replayed[0] if replayed else None)

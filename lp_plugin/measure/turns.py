@@ -1,0 +1,80 @@
+"""Seconds of things that are compared: many runs between two looks at the clock, in turns."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+__all__ = ["Runner", "seconds_in_turns", "synchronize"]
+
+_TURNS = 7
+_SPAN_SECONDS = {"cuda": 20e-3, "cpu": 10e-3}
+"""A span between two looks at the clock takes at least this long, by type of device."""
+_WARM_UP_RUNS = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Runner:
+    """Something to time."""
+
+    run: Callable[[], Any]
+    """Starts the work; need not wait for the device."""
+    passes: int = 1
+    """That one call makes."""
+    most: int | None = None
+    """Calls between two preparations; None for any number."""
+    prepare: Callable[[], Any] | None = None
+    """Called before each span, off the clock."""
+
+
+def seconds_in_turns(
+    runners: Sequence[Runner], device: torch.device, *, warm_up_seconds: float = 0.2
+) -> tuple[float, ...]:
+    """Median seconds of one pass of each, launched back to back, of 7 spans in turns: A B C, A B C, ...
+
+    Args:
+        runners: What is compared.
+        device: Where it runs.
+        warm_up_seconds: On a GPU, all together run at least this long first: clocks fall under sustained load.
+
+    Returns:
+        Seconds, one per runner.
+    """
+    counts = [1] * len(runners)
+    for index, runner in enumerate(runners):
+        for _ in range(_WARM_UP_RUNS):
+            seconds = _span(runner, 1, device)
+        wanted = math.ceil(_SPAN_SECONDS[device.type] / max(seconds, 1e-7))
+        counts[index] = min(wanted, runner.most or wanted)
+    end = time.perf_counter() + (warm_up_seconds if device.type == "cuda" else 0.0)
+    while time.perf_counter() < end:
+        for runner, count in zip(runners, counts, strict=True):
+            _span(runner, count, device)
+    turns = [
+        [_span(runner, count, device) / (count * runner.passes) for runner, count in zip(runners, counts, strict=True)]
+        for _ in range(_TURNS)
+    ]
+    return tuple(statistics.median(column) for column in zip(*turns, strict=True))
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits for the device, if it runs ahead of the host."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _span(runner: Runner, count: int, device: torch.device) -> float:
+    if runner.prepare is not None:
+        runner.prepare()
+    synchronize(device)
+    start = time.perf_counter()
+    for _ in range(count):
+        runner.run()
+    synchronize(device)
+    return time.perf_counter() - start

@@ -1,0 +1,305 @@
+"""``lp-plugin bench FILE.toml``: a tiny experiment in real processes, and what becomes of those that fail."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import socket
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lp_plugin.bench.experiment.command import run_experiment
+from lp_plugin.bench.experiment.job import CaseJob, Doing, empty_result, in_a_line, note_reason, run_case, write_model
+from lp_plugin.bench.experiment.results import CaseResult, Results, Row, load_results
+from lp_plugin.bench.experiment.settings import read_experiment
+from lp_plugin.errors import RankFailedError, RuntimeEnvironmentError, WorkloadError
+from lp_plugin.report import console
+
+Command = Callable[..., subprocess.CompletedProcess[str]]
+Main = Callable[..., tuple[int, str, str]]
+ROOT = Path(__file__).parents[2]
+SHRUNK = (
+    "{ num_hidden_layers = 3, hidden_size = 64, intermediate_size = 128, num_attention_heads = 4, "
+    "num_key_value_heads = 4 }"
+)
+TINY = f"""
+title = "Tiny"
+model = "{ROOT / "examples" / "dense16" / "small"}"
+trials = 2
+
+[[case]]
+name = "prefill"
+changes = {SHRUNK}
+processes = 2
+phase = "prefill"
+batch = 5
+micro_batch = 2
+sequence = 16
+configurations = ["tp=2", "pp=2 uniform", "pp=2 uniform stock", "pp=2 graphs", "dp=2", "1", "1 stock"]
+counters = true
+
+[[case]]
+name = "decode"
+changes = {SHRUNK}
+processes = 2
+phase = "decode"
+batch = 3
+sequence = 8
+new_tokens = 4
+configurations = ["pp=2", "dp=2", "1", "1 compiled"]
+baseline = "1"
+
+[[case]]
+name = "half"
+dtype = "float16"
+processes = 2
+phase = "prefill"
+batch = 2
+sequence = 8
+configurations = ["dp=2"]
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(command: Command, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the command has left, its output as ``stdout.txt`` beside."""
+    folder = tmp_path_factory.mktemp("bench")
+    (folder / "tiny.toml").write_text(TINY, encoding="utf-8")
+    done = command("bench", "tiny.toml", "-o", folder / "out", cwd=folder, timeout=300)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    (folder / "out" / "stdout.txt").write_text(done.stdout, encoding="utf-8")
+    return folder / "out"
+
+
+@pytest.fixture(scope="module")
+def results(folder: Path) -> Results:
+    return load_results(folder / "results.json")
+
+
+def rows_of(results: Results, case: int) -> dict[str, Row]:
+    return {row.name: row for row in results.cases[case].rows}
+
+
+def test_rows_are_measured_or_say_why_not(results: Results) -> None:
+    prefill, decode = rows_of(results, 0), rows_of(results, 1)
+    ran = {"tp=2", "pp=2 uniform", "pp=2 uniform stock", "dp=2", "1"}
+    assert {name for name, row in prefill.items() if not row.reason} == ran | {"tp=2 (again)"}
+    assert "needs CUDA GPUs" in prefill["pp=2 graphs"].reason
+    assert "eval_batch waits for all processes" in prefill["1 stock"].reason
+    assert {name for name, row in decode.items() if not row.reason} == {"pp=2", "dp=2", "1", "1 (again)"}
+    assert "needs a GPU" in decode["1 compiled"].reason
+    assert "float16 needs a GPU" in results.cases[2].reason
+    for row in (row for case in results.cases for row in case.rows):
+        assert len(row.seconds) == len(row.first_token_seconds) == (0 if row.reason else 2)
+        assert all(seconds > 0 for seconds in row.seconds)
+
+
+def test_turns_go_there_and_back(results: Results) -> None:
+    there = ["tp=2", "pp=2 uniform", "pp=2 uniform stock", "dp=2", "1", "tp=2 (again)"]
+    assert list(results.cases[0].turns) == [*there, *reversed(there)]
+    assert results.cases[1].turns[:4] == ("pp=2", "dp=2", "1", "1 (again)")
+
+
+def test_figures_of_a_row(results: Results) -> None:
+    prefill, decode = rows_of(results, 0), rows_of(results, 1)
+    pipeline = prefill["pp=2 uniform"]
+    assert (pipeline.boundaries, pipeline.execution, len(pipeline.alone_seconds)) == ((0, 3, 6), "eager", 2)
+    assert prefill["pp=2 uniform stock"].execution == "stock"
+    assert [prediction.source for prediction in pipeline.predictions] == ["catalogue", "timed layers"]
+    assert [each.rank for each in pipeline.memory] == [each.rank for each in pipeline.split] == [0, 1]
+    assert [each.rank for each in prefill["1"].memory] == [each.rank for each in prefill["1"].split] == [0]
+    assert pipeline.flops == prefill["tp=2"].flops == prefill["1"].flops > 0
+    assert pipeline.peak_flops == 0  # of a CPU nobody knows it
+    assert decode["pp=2"].token_seconds
+    assert all(seconds > 0 for row in decode.values() for seconds in row.token_seconds)
+
+
+def test_counters_are_read_where_they_are_asked_for(results: Results) -> None:
+    prefill, decode = rows_of(results, 0), rows_of(results, 1)
+    assert {name for name, row in prefill.items() if row.counters} == {"tp=2", "pp=2 uniform"}
+    assert not any(row.counters for row in decode.values())
+    sent = prefill["pp=2 uniform"].counters
+    assert [(each.stage, each.reason) for each in sent] == [(0, "there is no GPU"), (1, "there is no GPU")]
+    assert sent[0].counted_link_bytes == 3 * 2 * 16 * 64 * 4  # three micro-batches of two rows, one hop
+    assert all(each.counted_bytes > 0 for each in sent)
+
+
+def test_the_machine_is_described(results: Results) -> None:
+    case = results.cases[0]
+    assert sorted(each.tensor_parallel for each in case.layers) == [1, 2]
+    assert case.links.ranks == 2
+    assert case.environment is not None
+    assert (case.environment.backend, len(case.environment.devices)) == ("gloo", 1)
+    assert {"torch", "deepspeed", "transformers", "lp_plugin"} <= case.environment.versions.keys()
+    assert socket.gethostname() not in json.dumps(dataclasses.asdict(case.environment))
+
+
+def test_the_report_and_its_renewal(folder: Path, main: Main) -> None:
+    assert "on the engine of pp=2 uniform" in (folder / "stdout.txt").read_text(encoding="utf-8")
+    assert "Time split" in (folder / "report.md").read_text(encoding="utf-8")
+    code, out, _ = main("bench", "report", folder, "--table", "consistency")
+    assert code == 0
+    assert "prefill" in out
+    assert "Time split" not in (folder / "report.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text", "message"),
+    [
+        (["missing.toml"], None, "missing.toml can't be read"),
+        (["-o", "somewhere", "missing.toml"], None, "missing.toml can't be read"),
+        (["bad.toml"], "trials = 'x'", "trials is 'x'"),
+        (["bad.toml", "--table", "speed"], TINY, "--table 'speed' is unknown; give of: performance, time-split"),
+        (["bad.toml"], TINY.replace('title = "Tiny"', 'calibration = "no.toml"'), "no.toml"),
+        (["bad.toml", "-o", "bad.toml"], TINY, "folder bad.toml can't be made"),
+        (["report", "."], None, "results.json can't be read"),
+        (["planer"], None, "Did you mean 'planner'"),
+    ],
+)
+def test_bad_input_ends_at_once(
+    main: Main,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    text: str | None,
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if text is not None:
+        Path("bad.toml").write_text(text, encoding="utf-8")
+    code, _, err = main("bench", *arguments)
+    assert code == 2
+    assert message in err
+
+
+def test_help_shows_the_experiment(main: Main) -> None:
+    code, out, _ = main("bench", "--help")
+    assert code == 0
+    assert "FILE.toml" in out
+    assert "Run an experiment" in out
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> CaseJob:
+    file = tmp_path / "tiny.toml"
+    file.write_text(TINY, encoding="utf-8")
+    case = read_experiment(file).cases[0]
+    directory = write_model(case, tmp_path / "model")
+    return CaseJob(case=case, directory=str(directory), folder="", trials=2, tables=frozenset(), times=())
+
+
+class Processes:
+    """In place of `launch_local`: ends as processes do that meet certain configurations."""
+
+    def __init__(self, ends: dict[str | None, BaseException], reason: str = "") -> None:
+        self.ends, self.reason = ends, reason
+        self.tried: list[dict[str, str]] = []
+
+    def __call__(self, num_processes: int, entry: Any, job: CaseJob) -> CaseResult:
+        os.environ["OMP_NUM_THREADS"] = str(num_processes)
+        self.tried.append(dict(job.excluded))
+        for name, error in self.ends.items():
+            if name not in job.excluded:
+                Doing(what=f"running {name}", configuration=name).note(job.folder)
+                if self.reason:
+                    note_reason(job.folder, RuntimeError(self.reason))
+                raise error
+        return empty_result(job.case, "")
+
+
+KILLED = RankFailedError("rank 1 was killed by SIGKILL; the other ranks were stopped.")
+ENDED = RankFailedError("rank 0 ended with exit code 1; the other ranks were stopped.")
+
+
+def tried(job: CaseJob, processes: Processes, monkeypatch: pytest.MonkeyPatch) -> tuple[CaseResult, list[str]]:
+    monkeypatch.setattr("lp_plugin.job.launch.launch_local", processes)
+    said: list[str] = []
+    return run_case(job, lambda job: None, said.append), said
+
+
+def test_a_configuration_that_ends_its_processes_is_left_out(job: CaseJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = os.environ.get("OMP_NUM_THREADS")
+    processes = Processes({"tp=2": KILLED, "dp=2": KILLED})
+    result, said = tried(job, processes, monkeypatch)
+    assert not result.reason
+    reason = "rank 1 was killed by SIGKILL while running"
+    assert processes.tried == [{}, {"tp=2": f"{reason} tp=2"}, {"tp=2": f"{reason} tp=2", "dp=2": f"{reason} dp=2"}]
+    assert "starts again" in said[0]
+    assert os.environ.get("OMP_NUM_THREADS") == threads
+
+
+@pytest.mark.parametrize(
+    ("error", "note", "reason"),
+    [
+        (KILLED, "", "rank 1 was killed by SIGKILL while running None"),
+        (KILLED, "socket closed", "rank 1 was killed by SIGKILL while running None"),
+        (ENDED, "bad things", "RuntimeError: bad things while running None"),
+        (ENDED, "", "no progress in 600 seconds"),
+        (SystemExit(2), "too much", "RuntimeError: too much while running None"),
+        (RuntimeEnvironmentError("no port."), "", "no port while running None"),
+    ],
+)
+def test_a_case_that_fails_by_itself(
+    job: CaseJob, monkeypatch: pytest.MonkeyPatch, error: BaseException, note: str, reason: str
+) -> None:
+    result, said = tried(job, Processes({None: error}, note), monkeypatch)
+    assert result.reason.startswith(reason)
+    assert result.rows == ()
+    assert reason in said[0]
+
+
+def test_nothing_at_all_that_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lp_plugin.job.launch.launch_local", Processes({None: KILLED}))
+    (tmp_path / "tiny.toml").write_text(TINY, encoding="utf-8")
+    with pytest.raises(RuntimeEnvironmentError, match=r"nothing ran; the first reason: rank 1 was killed"):
+        run_experiment(console(), tmp_path / "tiny.toml", folder=tmp_path / "out", tables=("performance",))
+    assert [bool(case.reason) for case in load_results(tmp_path / "out" / "results.json").cases] == [True] * 3
+    assert (tmp_path / "out" / "report.html").exists()
+
+
+def test_the_example_for_cpus() -> None:
+    cases = read_experiment(ROOT / "examples" / "bench" / "cpu.toml").cases
+    assert {(case.processes, case.phase) for case in cases} == {(2, "prefill"), (4, "prefill"), (2, "decode")}
+
+
+def test_an_error_in_a_line() -> None:
+    assert in_a_line(WorkloadError("too long; shorten it.\na table")) == "too long; shorten it"
+    assert in_a_line(ValueError("first\nsecond")) == "ValueError: first"
+    assert in_a_line(ValueError()) == "ValueError"
+
+
+def test_the_model_directory_names_no_end(job: CaseJob) -> None:
+    config = json.loads((Path(job.directory) / "config.json").read_text(encoding="utf-8"))
+    assert config["eos_token_id"] is None
+    assert (config["hidden_size"], config["vocab_size"]) == (64, 264)
+
+
+def test_all_sequences_are_shared_out() -> None:
+    from lp_plugin.bench.experiment.contender import random_tokens, share_of
+
+    for batch, replicas in ((5, 2), (8, 4), (3, 3), (7, 1)):
+        shares = [range(*share_of(batch, replica, replicas)) for replica in range(replicas)]
+        assert [index for share in shares for index in share] == list(range(batch))
+        assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    assert np.array_equal(random_tokens(3, 4, 10), random_tokens(3, 4, 10))
+
+
+def test_results_that_differ_by_more_than_rounding() -> None:
+    from lp_plugin.bench.experiment.trials import differs, turn_order
+
+    logits = np.random.default_rng(0).standard_normal((2, 50)).astype(np.float32)
+    assert not differs(logits[:1] * np.float32(1 + 1e-6), logits, "float32")
+    assert "differ from the baseline's by 0.01" in differs(logits * np.float32(1.01), logits, "float32")
+    assert not differs(logits * np.float32(1.01), logits, "float16")
+    assert "wrong results" in differs(logits * np.float32("nan"), logits, "bfloat16")
+    assert "shape" in differs(logits[:, :3], logits, "float32")
+    tokens = np.array([[1, 2], [3, 4]])
+    assert not differs(tokens, tokens, "float32")
+    assert "50% of first tokens" in differs(tokens, np.array([[1, 2], [4, 4]]), "float32")
+    assert turn_order(3, 3) == [0, 1, 2, 2, 1, 0, 0, 1, 2]

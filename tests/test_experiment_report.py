@@ -1,0 +1,223 @@
+"""The report: the same figures three times, whatever is missing, and nothing it shows taken for markup."""
+
+import base64
+import dataclasses
+import io
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from made_up_results import decode_case, prefill_case, results
+from rich.console import Console
+
+from lp_plugin.bench.experiment.document import Figures, Section, figures_table
+from lp_plugin.bench.experiment.html import as_html
+from lp_plugin.bench.experiment.markdown import as_markdown
+from lp_plugin.bench.experiment.perfetto import trace_of
+from lp_plugin.bench.experiment.report import TABLES, print_tables, write_report
+from lp_plugin.bench.experiment.results import Results, Row
+from lp_plugin.bench.experiment.wording import file_names
+from lp_plugin.errors import InvalidInputError
+from lp_plugin.report import as_text
+
+
+class Page(HTMLParser):
+    """Checks that tags are closed in order; keeps text and pictures."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.words: list[str] = []
+        self.sources: list[str] = []
+        self.cells: list[list[str]] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag == "img":
+            self.sources.append(dict(attrs)["src"] or "")
+        if tag == "tr":
+            self.cells.append([])
+        if tag in {"td", "th"}:
+            self.cells[-1].append("")
+        if tag not in {"img", "meta"}:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+        if self.open and self.open[-1] in {"td", "th"}:
+            self.cells[-1][-1] += data
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("report") / "new"
+    assert write_report(results(), made) == (made / "report.md", made / "report.html")
+    return made
+
+
+def printed(found: Results, *tables: str) -> str:
+    page = Console(file=io.StringIO(), width=250, color_system=None)
+    print_tables(page, found, tables)
+    return page.file.getvalue()  # type: ignore[attr-defined,no-any-return]
+
+
+def empty(reason: str = "", rows: tuple[Row, ...] = ()) -> Results:
+    case = dataclasses.replace(prefill_case(), rows=rows, layers=(), turns=(), environment=None, reason=reason)
+    return Results(command="x", experiment="x", title="x", trials=2, cases=(case,))
+
+
+def test_the_page_needs_nothing_beside_it(folder: Path) -> None:
+    page = Page((folder / "report.html").read_text(encoding="utf-8"))
+    assert page.open == []
+    assert len(page.sources) == len(list(folder.glob("*.png")))
+    for source in page.sources:
+        kind, _, data = source.partition(",")
+        assert kind == "data:image/png;base64"
+        assert base64.b64decode(data).startswith(b"\x89PNG")
+    text = (folder / "report.html").read_text(encoding="utf-8")
+    assert not re.search(r"<(script|link|iframe)|https?://", text)
+
+
+def test_all_three_show_the_same_rows(folder: Path) -> None:
+    page = Page((folder / "report.html").read_text(encoding="utf-8"))
+    markdown = (folder / "report.md").read_text(encoding="utf-8")
+    lines = [
+        [cell.strip().replace("\\", "") for cell in line.strip("|").split(" | ")]
+        for line in markdown.replace("\\|", "!").splitlines()
+        if line.startswith("| ")
+    ]
+    assert [[cell.replace("|", "!") for cell in row] for row in page.cells] == lines
+    shown = printed(results())
+    for row in page.cells:
+        if len(row) == 11 and row[0] == "pp=2":
+            assert all(cell in shown for cell in row)
+
+
+def test_pictures_and_timelines_lie_beside_it(folder: Path) -> None:
+    markdown = (folder / "report.md").read_text(encoding="utf-8")
+    linked = set(re.findall(r"\]\(([^)]+)\)", markdown))
+    assert linked == {path.name for path in folder.iterdir() if path.suffix in {".png", ".json"}}
+    name = file_names([prefill_case().name])[prefill_case().name]
+    assert {f"{name}-performance.png", f"{name}-split.png", f"timeline-{name}--pp2.json", "scaling.png"} <= linked
+
+
+def test_what_did_not_run_says_why(folder: Path) -> None:
+    text = (folder / "report.md").read_text(encoding="utf-8")
+    assert "does not fit: stage 1 needs 160 GB of 141 GB \\| 90% usable" in text
+    assert "Not run: 8 processes were asked for, but there are 2 GPUs" in text
+    assert "ncu: ERR\\_NVGPUCTRPERM, no permission" in text
+    assert "left out: pp=2 parameters with a name that is long" in text
+
+
+def test_figures_of_the_report(folder: Path) -> None:
+    text = (folder / "report.md").read_text(encoding="utf-8")
+    assert "| dp=2 | DP=2 |  | 0, 19 | 32 |" in text
+    assert "By timed layers, dp=2 was expected to be fastest, and was: regret 0." in text
+    assert "MFU and HBM share: not measured, since the peak of this device is not known." in text
+    assert "| pp=2 | 0, 9, 19 | 0, 9, 19 | the same |" in text
+    assert "| 12 | PP=12 | whole layers | 140,000 | -18.1% | 1.01 of 1.50 |" in text
+    assert (
+        "| block 0 .. block 15, each of 16 | 1 | eager | 1.61 GB | 1.61 GB | 0.0% | 369 MB | 358 MB | +3.1% |" in text
+    )
+    assert "| tp=2 | 0 .. 1 |" in text
+    assert "A/A control, the baseline against itself in turns of its own:" in text
+
+
+def test_only_the_tables_asked_for(tmp_path: Path) -> None:
+    write_report(results(), tmp_path, ["scaling", "consistency"])
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    headings = re.findall(r"^## (.*)$", text, re.MULTILINE)
+    assert headings == ["Consistency", "Scaling, simulated", "Beside the published figures", "Environment"]
+    assert {path.name for path in tmp_path.iterdir()} == {"report.md", "report.html", "scaling.png"}
+    assert "cache hits" not in text
+    with pytest.raises(InvalidInputError, match="table 'speed' is unknown; give of: performance, time-split"):
+        write_report(results(), tmp_path, ["speed"])
+
+
+LOST = Row(
+    name="tp=2",
+    data_parallel=1,
+    tensor_parallel=2,
+    pipeline_parallel=1,
+    partition="uniform",
+    reason="out of memory",
+)
+
+
+@pytest.mark.parametrize("found", [empty("died: signal 9"), empty(rows=(LOST,))])
+def test_with_nothing_measured_there_is_still_a_report(tmp_path: Path, found: Results) -> None:
+    write_report(found, tmp_path)
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "died: signal 9" in text or "out of memory" in text
+    assert "not measured" in text
+    assert "Not simulated" in text
+    assert not list(tmp_path.glob("*.png"))
+    assert "nothing ran" in printed(found)
+
+
+def test_one_trial_without_predictions_profile_or_layers(tmp_path: Path) -> None:
+    rows = tuple(
+        dataclasses.replace(row, seconds=row.seconds[:1], predictions=(), split=(), memory=(), alone_seconds=())
+        for row in prefill_case().rows
+    )
+    found = empty(rows=rows)
+    write_report(found, tmp_path)
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".html", ".md", ".png"]
+    assert "[" not in re.findall(r"^\| pp=2 \| eager.*$", (tmp_path / "report.md").read_text(), re.MULTILINE)[0]
+
+
+def test_a_model_that_is_not_known_any_more_costs_the_footprint_only(tmp_path: Path) -> None:
+    case = dataclasses.replace(decode_case(), model={"model_type": "gone"})
+    found = Results(command="x", experiment="x", title="x", trials=2, cases=(case,))
+    write_report(found, tmp_path, ["footprint"])
+    assert "Not measured: no layer was timed." in (tmp_path / "report.md").read_text(encoding="utf-8")
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("here first", encoding="utf-8")
+    with pytest.raises(InvalidInputError, match="the report can't be written to"):
+        write_report(results(), tmp_path / "file", ["consistency"])
+
+
+def test_text_is_never_markup(tmp_path: Path) -> None:
+    evil = "<b>|*x*|</b> [a](b) `c` &amp;\nnext"
+    table = Figures(title=evil, headings=(evil, "n"), rows=((evil, "1"),), notes=(evil,))
+    blocks = [Section(title=evil, blocks=(evil, table))]
+    page = Page(as_html(evil, blocks, tmp_path))
+    assert page.open == []
+    assert page.cells == [[evil, "n"], [evil, "1"]]
+    lines = as_markdown(evil, blocks).splitlines()
+    assert all(re.search(r"(?<!\\)[<*`\[]", line) is None for line in lines if not line.startswith("**"))
+    assert [line for line in lines if line.startswith("|")][1] == "|---|---:|"
+    assert "<b>|*x*|</b> [a](b) `c`" in as_text(figures_table(table))
+
+
+def test_traces_are_complete_events_in_microseconds() -> None:
+    row = prefill_case().rows[1]
+    events = json.loads(trace_of(row))["traceEvents"]
+    spans = [event for event in events if event["ph"] == "X"]
+    assert len(spans) == sum(len(split.spans) for split in row.split)
+    first = row.split[0].spans[0]
+    assert spans[0]["ts"] == first.start_seconds * 1e6
+    assert spans[0]["dur"] == pytest.approx((first.stop_seconds - first.start_seconds) * 1e6)
+    names = {
+        (event["name"], event["pid"], event["tid"]): event["args"]["name"] for event in events if event["ph"] == "M"
+    }
+    assert names["process_name", 1, 0] == "rank 1"
+    assert {names["thread_name", event["pid"], event["tid"]] for event in spans} == {"stream 7", "stream 25"}
+
+
+def test_files_get_names_of_their_own() -> None:
+    names = file_names(["tp=2 pp=2", "tp2-pp2", "a/../b", "1"])
+    assert names == {"tp=2 pp=2": "tp2-pp2", "tp2-pp2": "tp2-pp2-2", "a/../b": "a-..-b", "1": "1"}
+
+
+def test_every_table_can_be_asked_for_alone() -> None:
+    for table in TABLES:
+        assert printed(results(), table)
