@@ -110,7 +110,12 @@ class _Sequences(Passes):
         passes = self._rounds * len(self._works)
         if not self._replays:
             return Runner(run=self._round, passes=passes)
-        return Runner(run=captured(self._round, self._device, warm_up=self._round, pool=None).replay, passes=passes)
+        self._graph = captured(self._round, self._device, warm_up=self._round, pool=None)
+        return Runner(run=self._replay, passes=passes)
+
+    def _replay(self) -> None:
+        """Needs the buffers that this object keeps, as the graph reads them."""
+        self._graph.replay()
 
     def _round(self) -> None:
         for work in self._works:

@@ -10,7 +10,7 @@ import torch
 
 from lp_plugin.errors import WorkloadError
 from lp_plugin.integrations.deepspeed.forward.hops import NUM_BUFFERS
-from lp_plugin.integrations.deepspeed.forward.whole_rows import whole_rows
+from lp_plugin.integrations.deepspeed.forward.whole_rows import FixedRotations, whole_rows
 from lp_plugin.integrations.deepspeed.generation.lean import LeanPass
 
 __all__ = ["StageWork"]
@@ -63,9 +63,14 @@ class StageWork:
         self._labels = torch.zeros(shape, dtype=torch.long, device=device) if self.has_loss else None
         self._results: dict[bool, torch.Tensor] = {}
         """Of the loss function (True) or the stage itself."""
-        self._forward = torch.compile(self._stage.forward, dynamic=False) if compiled else self._stage
         self._compiled = compiled
         self._lean = LeanPass(self._stage.model) if device.type == "cuda" and not compiled else None
+        self._rotations = FixedRotations(self._stage.model)
+        self._forward: Callable[[torch.Tensor], torch.Tensor] = self._stage
+        if compiled:
+            with self.passing():
+                self._stage(self.buffer(0))  # makes the rotary tables, which are no part of what is compiled
+            self._forward = torch.compile(self._stage.forward, dynamic=False)
 
     @contextlib.contextmanager
     def passing(self) -> Iterator[None]:
@@ -74,7 +79,7 @@ class StageWork:
         if self._compiled:
             # beyond its limit torch would run stages of further shapes without compiling them
             context = torch._dynamo.config.patch(recompile_limit=_MOST_SHAPES, fail_on_recompile_limit_hit=True)
-        with torch.no_grad(), context, whole_rows():
+        with torch.no_grad(), context, self._rotations, whole_rows():
             yield
 
     def fill(self, inputs: torch.Tensor | None, labels: torch.Tensor | None) -> bool:
@@ -107,7 +112,7 @@ class StageWork:
         Returns:
             What goes to the next stage; None from the last stage, which keeps its result.
         """
-        outputs: torch.Tensor = self._forward(self.buffer(micro_batch))
+        outputs = self._forward(self.buffer(micro_batch))
         if not self._is_last:
             return outputs.contiguous()
         if labelled and self._loss_fn is not None and self._labels is not None:
