@@ -21,6 +21,8 @@ class LayerTimes:
     """Launched one by one back to back, or replayed as CUDA graphs (of compiled layers)."""
     granularity: Literal["layer", "sublayer"]
     """Whether blocks are whole or attention and MLP are apart."""
+    rows: int
+    """Sequences of the micro-batch that they were timed with."""
     seconds: tuple[float, ...]
     """One per layer for one micro-batch, weights from memory: copies take turns so that no cache holds them."""
     resident_seconds: tuple[float | None, ...]
@@ -51,6 +53,10 @@ class Links:
     """Median of each."""
     ranks: int = 1
     """Ranks of the all-reduce."""
+    replayed_send_seconds: tuple[float, ...] = ()
+    """As ``send_seconds``, inside CUDA graphs, where launching costs nothing; empty on CPUs."""
+    replayed_reduce_seconds: tuple[float, ...] = ()
+    """As ``reduce_seconds``, inside CUDA graphs; empty on CPUs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -109,6 +109,7 @@ def layer_times(config: dict[str, Any], tp: int, block_seconds: float, *, fits: 
         tensor_parallel=tp,
         execution="eager",
         granularity="layer",
+        rows=1,
         seconds=seconds,
         resident_seconds=tuple(each / 1.22 if fits else None for each in seconds),
         weight_bytes=tuple(layer.weight_bytes for layer in profile.layers),

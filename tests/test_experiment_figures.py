@@ -29,7 +29,7 @@ def row(name: str, seconds: float | None, *, predicted: float | None = None, **f
     )
     given = {"data_parallel": 1, "tensor_parallel": 1, "pipeline_parallel": 1, "partition": "cache-aware"} | fields
     trials = () if seconds is None else (seconds,) * 3
-    return Row(name=name, seconds=trials, predictions=predictions, **given)  # type: ignore[arg-type]
+    return Row(name=name, micro_batch=2, seconds=trials, predictions=predictions, **given)  # type: ignore[arg-type]
 
 
 BASE = row("tp=2", 10.0, predicted=11.0, tensor_parallel=2)

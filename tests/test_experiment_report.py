@@ -117,7 +117,7 @@ def test_what_did_not_run_says_why(folder: Path) -> None:
 
 def test_figures_of_the_report(folder: Path) -> None:
     text = (folder / "report.md").read_text(encoding="utf-8")
-    assert "| dp=2 | DP=2 |  | 0, 19 | 32 |" in text
+    assert "| dp=2 | DP=2 |  | 0, 19 | 32 x 1 |" in text
     assert "By timed layers, dp=2 was expected to be fastest, and was: regret 0." in text
     assert "MFU and HBM share: not measured, since the peak of this device is not known." in text
     assert "| pp=2 | 0, 9, 19 | 0, 9, 19 | the same |" in text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import pytest
@@ -56,20 +57,35 @@ def a_result(case: Case, layers: Sequence[LayerTimes], **fields: object) -> Case
 def all_times(experiment: Experiment, scale: float = 1e-4) -> list[LayerTimes]:
     [case] = experiment.cases
     return [
-        some_times(case, ranks, "graphs", granularity, scale) for ranks, granularity in needed_times(experiment, case)
+        some_times(case, wanted.tensor_parallel, "graphs", wanted.granularity, scale)
+        for wanted in needed_times(experiment, case)
+    ]
+
+
+def wanted_of(experiment: Experiment) -> list[tuple[object, ...]]:
+    return [dataclasses.astuple(wanted) for wanted in needed_times(experiment, experiment.cases[0])]
+
+
+def test_a_slot_per_stage_decides_the_rows_that_layers_are_timed_with() -> None:
+    texts = ("pp=2", "tp=2 compiled", "dp=2", "1")
+    case = a_case("decode", micro_batch=None, configurations=tuple(Configuration.parse(text) for text in texts))
+    assert [row[2:] for row in wanted_of(an_experiment(case, case="another"))] == [
+        (6, "auto"),
+        (12, "compiled"),
+        (12, "auto"),
     ]
 
 
 def test_layers_are_timed_as_configurations_and_larger_clusters_need_them() -> None:
     case = a_case(blocks=16, configurations=(Configuration.parse("pp=2"), Configuration.parse("tp=2")))
-    assert needed_times(an_experiment(case), case) == [
-        (1, "layer"),
-        (2, "layer"),
-        (8, "layer"),
-        (4, "layer"),
-        (1, "sublayer"),
+    assert wanted_of(an_experiment(case)) == [
+        (1, "layer", 2, "auto"),
+        (2, "layer", 2, "auto"),
+        (8, "layer", 2, "auto"),
+        (4, "layer", 2, "auto"),
+        (1, "sublayer", 2, "auto"),
     ]
-    assert needed_times(an_experiment(case, case="another"), case) == [(1, "layer"), (2, "layer")]
+    assert wanted_of(an_experiment(case, case="another")) == [(1, "layer", 2, "auto"), (2, "layer", 2, "auto")]
     with pytest.raises(HardwareError, match="h2000"):
         needed_times(an_experiment(case, cluster="h2000"), case)
 

@@ -39,7 +39,7 @@ def test_what_is_left_out_has_sound_defaults(tmp_path: Path) -> None:
     assert (experiment.name, experiment.title, experiment.trials) == ("experiment", "Experiment", 5)
     assert experiment.calibration == tmp_path / "here.toml"
     (case,) = experiment.cases
-    assert (case.baseline, case.micro_batch, case.new_tokens, case.counters) == ("tp=2 pp=2", 1, 0, False)
+    assert (case.baseline, case.micro_batch, case.new_tokens, case.counters) == ("tp=2 pp=2", None, 0, False)
     assert [each.strategy.label for each in case.configurations] == ["TP=2 x PP=2", "PP=4", "DP=4", "1 device"]
     assert case.configurations[2].execution == "eager"
     assert case.tokens == 8 * 16

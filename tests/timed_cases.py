@@ -53,6 +53,7 @@ def some_times(
         tensor_parallel=tensor_parallel,
         execution=execution,
         granularity=granularity,
+        rows=case.micro_batch,
         seconds=seconds,
         resident_seconds=(None,) * len(seconds),
         weight_bytes=(0,) * len(seconds),

@@ -142,6 +142,7 @@ class _Bench:
             tensor_parallel=self.profile.tensor_parallel,
             execution=self.execution,
             granularity=self.profile.granularity,
+            rows=self.shape.rows,
             seconds=tuple(layer.seconds for layer in layers),
             resident_seconds=tuple(layer.resident_seconds for layer in layers),
             weight_bytes=tuple(layer.weight_bytes for layer in layers),

@@ -107,7 +107,7 @@ def _boundary(message: Message, rank: int, lanes: Sequence[str], pipelines: Sequ
 
     Gloo says whether it sends or receives. NCCL has a stream for each group and pair of ranks: a first stage begins
     with sending on to the next one, any other with receiving from the one before. Two stages may share one stream for
-    both directions.
+    both directions; or each message has a stream of its own, in CUDA graphs: then two stages' are matched in order.
     """
     stages = next((tuple(stages) for stages in pipelines if rank in stages), ())
     last = len(stages) - 1
@@ -116,7 +116,7 @@ def _boundary(message: Message, rank: int, lanes: Sequence[str], pipelines: Sequ
     stage = stages.index(rank)
     if message.operation != "SendRecv":
         sender = stage if message.operation == "send" else (stage - 1) % len(stages)
-    elif last == 1 and len(lanes) == 1:
+    elif last == 1 and len(lanes) != 2:
         return _Channel("message", stages)
     elif len(lanes) > 2 or (len(lanes) == 1 and 0 < stage < last):
         return None

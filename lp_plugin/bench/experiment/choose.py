@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from lp_plugin.bench.experiment.costs import (
     counted_profile,
     launched,
+    links_in,
     pick_times,
     replica,
     timed_profile,
@@ -63,13 +64,16 @@ def boundaries_of(
     if configuration.partition == "parameters":
         return _balanced([layer.parameters for layer in profile.layers], strategy.pipeline_parallel)
     group = launched(replica(cluster, configuration), case, configuration.execution)
-    chosen = pick_times(times, strategy.tensor_parallel, configuration.execution, granularity)
+    workload = case.workload(configuration)
+    rows = workload.chosen_micro_batch
+    chosen = pick_times(times, strategy.tensor_parallel, configuration.execution, granularity, rows=rows)
     if chosen is not None:
-        profile = timed_profile(case, configuration, chosen, Messages(cluster=cluster, links=links))
+        messages = Messages(cluster=cluster, links=links_in(links, chosen.execution, case.phase))
+        profile = timed_profile(case, configuration, chosen, messages)
         group = ungrouped(group)
     if configuration.execution != "stock":
         group = dataclasses.replace(group, links=(_HIDDEN,) * len(group.links))
-    return make_plan(profile, group, case.workload(configuration)).boundaries
+    return make_plan(profile, group, workload).boundaries
 
 
 def _balanced(parameters: Sequence[int], num_stages: int) -> tuple[int, ...]:

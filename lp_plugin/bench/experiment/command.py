@@ -127,7 +127,7 @@ def _with_counters(case: Case, found: CaseResult, say: Callable[[str], None]) ->
                 start=start,
                 stop=stop,
                 tensor_parallel=row.tensor_parallel,
-                rows=min(case.micro_batch, case.batch),
+                rows=row.micro_batch,
                 tokens=case.sequence if case.phase == "prefill" else 1,
             )
             read = count_stage(spec, stage=there.stage)

@@ -10,16 +10,22 @@ from lp_plugin.bench.experiment.messages import Messages
 from lp_plugin.bench.experiment.settings import Case, Configuration, Execution
 from lp_plugin.generate.static_layers import on_static_caches, replayed
 from lp_plugin.hardware import Cluster, slower_link
-from lp_plugin.measured import LayerTimes
+from lp_plugin.measured import LayerTimes, Links
 from lp_plugin.model import LayerCost, ModelProfile
 from lp_plugin.model.layers import Granularity
 from lp_plugin.solver.layer_table import LayerTable
+from lp_plugin.workload import Phase
 
-__all__ = ["counted_profile", "launched", "pick_times", "replica", "timed_profile", "ungrouped"]
+__all__ = ["counted_profile", "launched", "links_in", "pick_times", "replica", "timed_profile", "ungrouped"]
 
 
 def pick_times(
-    times: Sequence[LayerTimes], tensor_parallel: int, execution: Execution, granularity: Granularity = "layer"
+    times: Sequence[LayerTimes],
+    tensor_parallel: int,
+    execution: Execution,
+    granularity: Granularity = "layer",
+    *,
+    rows: int | None = None,
 ) -> LayerTimes | None:
     """The layers timed as a configuration runs them.
 
@@ -28,15 +34,35 @@ def pick_times(
         tensor_parallel: Ranks that share each layer.
         execution: Of the configuration; ``auto`` takes the faster of eager and graphs, ``stock`` is eager.
         granularity: Whether blocks are whole.
+        rows: Sequences of its micro-batch; None for any.
 
     Returns:
-        Those of that execution; if there are none, the fastest of any; None if no layers of that degree and granularity
-        were timed.
+        Those of that execution; if there are none, the fastest of any; None if no layers of that degree, granularity
+        and number of rows were timed.
     """
-    alike = [each for each in times if (each.tensor_parallel, each.granularity) == (tensor_parallel, granularity)]
+    alike = [
+        each
+        for each in times
+        if (each.tensor_parallel, each.granularity, rows or each.rows) == (tensor_parallel, granularity, each.rows)
+    ]
     wanted = {"auto": {"eager", "graphs"}, "stock": {"eager"}}.get(execution, {execution})
     fitting = [each for each in alike if each.execution in wanted] or alike
     return min(fitting, key=lambda each: sum(each.seconds) + each.pass_seconds, default=None)
+
+
+def links_in(links: Links, execution: Execution, phase: Phase) -> Links:
+    """The messages as an execution sends them: in CUDA graphs nothing is launched one by one.
+
+    Decoding, what stages send to each other lies between graphs.
+    """
+    if execution not in {"graphs", "compiled"}:
+        return links
+    sends = links.replayed_send_seconds if phase == "prefill" else ()
+    return dataclasses.replace(
+        links,
+        send_seconds=sends or links.send_seconds,
+        reduce_seconds=links.replayed_reduce_seconds or links.reduce_seconds,
+    )
 
 
 def counted_profile(case: Case, tensor_parallel: int, granularity: Granularity = "layer") -> ModelProfile:

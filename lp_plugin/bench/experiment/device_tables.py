@@ -178,7 +178,7 @@ def footprint_table(case: CaseResult) -> Figures | None:
         rows=rows,
         texts=frozenset({0, 2}),
         notes=(
-            f"Of one rank, micro-batches of {case.micro_batch:,}. Predicted from the configuration alone, "
+            "Of one rank, one micro-batch. Predicted from the configuration alone, "
             "then measured, then the error of the prediction. Output and buffers: the most that is alive beside "
             "weights and input. Time: alone, weights from memory; in the first tier: over and over on one copy, "
             "where it could fit.",
@@ -201,9 +201,9 @@ def first_block(profile: ModelProfile) -> int | None:
     return next((place for place, layer in enumerate(profile.layers) if layer.block is not None), None)
 
 
-def layer_rest_bytes(case: CaseResult, layer: LayerCost) -> float:
+def layer_rest_bytes(case: CaseResult, times: LayerTimes, layer: LayerCost) -> float:
     """What the planner expects beside a layer's weights and input: its output and buffers, for one micro-batch."""
-    tokens = case.micro_batch * (case.sequence if case.phase == "prefill" else 1)
+    tokens = times.rows * (case.sequence if case.phase == "prefill" else 1)
     return tokens * (layer.output_bytes_per_token + layer.buffer_bytes_per_token)
 
 
@@ -214,7 +214,7 @@ def _footprint_rows(case: CaseResult, times: LayerTimes) -> Iterable[tuple[str, 
     for places in _alike(profile.layers, times):
         first, last = places[0], places[-1]
         layer, weights, peak = profile.layers[first], times.weight_bytes[first], times.peak_bytes[first]
-        buffers = layer_rest_bytes(case, layer)
+        buffers = layer_rest_bytes(case, times, layer)
         resident = times.resident_seconds[first]
         yield (
             layer.name if first == last else f"{layer.name} .. {profile.layers[last].name}, each of {len(places)}",

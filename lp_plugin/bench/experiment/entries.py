@@ -106,7 +106,8 @@ def build_entry(job: CaseJob, configuration: Configuration, engines: Engines, me
         engines: Takes or makes its engine.
         measured: Of the machine.
     """
-    entry = Entry(name=configuration.name, configuration=configuration)
+    rows = job.case.workload(configuration).chosen_micro_batch
+    entry = Entry(name=configuration.name, configuration=configuration, fields={"micro_batch": rows})
     if configuration.name in job.excluded:
         entry.leave_out(job.excluded[configuration.name])
         return entry

@@ -133,7 +133,7 @@ def proposed_row(case: CaseResult) -> Row | None:
 
 def num_micro_batches(case: CaseResult, row: Row) -> int:
     """Micro-batches of the largest replica."""
-    return math.ceil(math.ceil(case.batch / row.data_parallel) / case.micro_batch)
+    return math.ceil(math.ceil(case.batch / row.data_parallel) / row.micro_batch)
 
 
 def row_figures(case: CaseResult, row: Row) -> RowFigures:

@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from lp_plugin.bench.experiment.results import CaseResult
-from lp_plugin.bench.experiment.settings import Case
+from lp_plugin.bench.experiment.settings import Case, WantedTimes
 from lp_plugin.errors import LpPluginError, RankFailedError
 from lp_plugin.files import write_atomically
 from lp_plugin.job import launch
-from lp_plugin.model.layers import Granularity
 
 __all__ = [
     "STALLED_SECONDS",
@@ -57,8 +56,8 @@ class CaseJob:
     """Turns of each configuration."""
     tables: frozenset[str]
     """Wanted; only what they need is measured."""
-    times: tuple[tuple[int, Granularity], ...]
-    """Tensor-parallel degrees and granularities in which layers are timed."""
+    times: tuple[WantedTimes, ...]
+    """Layers that are timed."""
     calibration: str | None = None
     """Cluster file for predictions."""
     excluded: Mapping[str, str] = field(default_factory=dict)

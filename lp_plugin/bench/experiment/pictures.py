@@ -175,7 +175,7 @@ def _layer_bars(case: CaseResult) -> Iterator[_Bar]:
             continue
         layer, peak = profile.layers[place], times.peak_bytes[place]
         name = layer.name if times.tensor_parallel == 1 else f"{layer.name} of TP={times.tensor_parallel}"
-        yield _Bar(name, layer.weight_bytes, layer_rest_bytes(case, layer), is_predicted=True)
+        yield _Bar(name, layer.weight_bytes, layer_rest_bytes(case, times, layer), is_predicted=True)
         yield _Bar(name, times.weight_bytes[place], peak or 0, is_predicted=False)
 
 

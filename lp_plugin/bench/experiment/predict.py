@@ -19,6 +19,7 @@ import numpy as np
 from lp_plugin.bench.experiment.costs import (
     counted_profile,
     launched,
+    links_in,
     pick_times,
     replica,
     timed_profile,
@@ -77,9 +78,10 @@ def predictions(
     found = [_by_description("catalogue", case, configuration, boundaries, cluster, execution, cores)]
     if calibrated is not None and len(calibrated.devices) >= configuration.strategy.num_devices:
         found.append(_by_description("calibrated", case, configuration, boundaries, calibrated, execution, cores))
-    chosen = pick_times(times, configuration.strategy.tensor_parallel, execution)
+    rows = case.workload(configuration).chosen_micro_batch
+    chosen = pick_times(times, configuration.strategy.tensor_parallel, execution, rows=rows)
     if chosen is not None:
-        messages = Messages(cluster=cluster, links=links)
+        messages = Messages(cluster=cluster, links=links_in(links, chosen.execution, case.phase))
         found.append(timed_prediction(case, configuration, boundaries, chosen, messages, execution, cores))
     return tuple(found)
 

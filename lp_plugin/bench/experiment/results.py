@@ -81,6 +81,8 @@ class Row:
     """Of layers; ``pipeline_parallel + 1`` numbers."""
     catalogue_boundaries: tuple[int, ...] = ()
     """Cache-aware: what the planner chooses from the catalogue's figures alone; empty if it was not asked."""
+    micro_batch: int = 1
+    """Sequences of a micro-batch of its own."""
     execution: str = ""
     """As it was chosen: eager, graphs, compiled or stock."""
     reason: str = ""
@@ -132,8 +134,8 @@ class CaseResult:
     """As asked."""
     batch: int
     """Sequences."""
-    micro_batch: int
-    """Sequences per micro-batch."""
+    micro_batch: int | None
+    """Sequences per micro-batch; None decoding a micro-batch per stage."""
     sequence: int
     """Tokens of a sequence, or of a prompt."""
     new_tokens: int

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from lp_plugin.bench.experiment.choose import boundaries_of
-from lp_plugin.bench.experiment.costs import counted_profile, launched, pick_times, replica
+from lp_plugin.bench.experiment.costs import counted_profile, launched, links_in, pick_times, replica
 from lp_plugin.bench.experiment.messages import Messages
 from lp_plugin.bench.experiment.predict import timed_prediction
 from lp_plugin.bench.experiment.results import CaseResult, Environment, Prediction, SimulatedRow
-from lp_plugin.bench.experiment.settings import Case, Configuration, Experiment, ScaleOut
+from lp_plugin.bench.experiment.settings import Case, Configuration, Experiment, ScaleOut, WantedTimes
 from lp_plugin.errors import LpPluginError
 from lp_plugin.hardware import Cluster, Device, Link
 from lp_plugin.hardware.catalogue import load_device, load_link
@@ -32,21 +32,36 @@ __all__ = ["needed_times", "simulate_scale_out"]
 _FREE = Link(name="free", bandwidth_bytes_per_second=1e30, latency_seconds=0.0)
 
 
-def needed_times(experiment: Experiment, case: Case) -> list[tuple[int, Granularity]]:
+def needed_times(experiment: Experiment, case: Case) -> list[WantedTimes]:
     """Which layers are to be timed for a case: for its own configurations and for the clusters simulated from it.
 
     Returns:
-        Pairs of tensor-parallel degree and granularity, each once.
+        Each once. Simulated clusters take the case's own rows, and run as is faster.
 
     Raises:
         HardwareError: If a simulated cluster is unknown.
     """
-    wanted: list[tuple[int, Granularity]] = [(each.strategy.tensor_parallel, "layer") for each in case.configurations]
+    wanted = [
+        WantedTimes(
+            tensor_parallel=each.strategy.tensor_parallel,
+            granularity="layer",
+            rows=case.workload(each).chosen_micro_batch,
+            execution=each.execution,
+        )
+        for each in case.configurations
+    ]
     for scale in experiment.scale_out:
         if scale.case == case.name:
             for count in scale.devices:
-                layouts_of = _simulated(case, scale, count)
-                wanted += [(strategy.tensor_parallel, granularity) for strategy, granularity in layouts_of]
+                wanted += [
+                    WantedTimes(
+                        tensor_parallel=strategy.tensor_parallel,
+                        granularity=granularity,
+                        rows=case.workload(Configuration(name="1", strategy=Strategy())).chosen_micro_batch,
+                        execution="auto",
+                    )
+                    for strategy, granularity in _simulated(case, scale, count)
+                ]
     return list(dict.fromkeys(wanted))
 
 
@@ -148,7 +163,8 @@ class _Setting:
         Raises:
             InfeasibleError: If it does not fit the memory.
         """
-        times, messages = self._moved(timed), Messages(cluster=self.cluster, links=self.links)
+        times = self._moved(timed)
+        messages = Messages(cluster=self.cluster, links=links_in(self.links, timed.execution, self.case.phase))
         boundaries = boundaries_of(
             self.case, self.configuration, [times], self.links, self.cluster, granularity=times.granularity
         )
@@ -164,7 +180,7 @@ class _Setting:
             seconds=made.seconds,
             bubble_fraction=waiting,
             communication_fraction=exposed + reducing,
-            assumed=tuple(self._assumed(messages)),
+            assumed=tuple(self._assumed(messages, timed.rows)),
         )
 
     def _idle(self, made: Prediction) -> tuple[float, float]:
@@ -186,7 +202,8 @@ class _Setting:
     def _moved(self, timed: LayerTimes) -> LayerTimes:
         """The layers' seconds on the simulated devices and micro-batches, scaled by the roofline where these differ."""
         profile = counted_profile(self.case, timed.tensor_parallel, timed.granularity)
-        before = LayerTable(profile, self.measured.workload(Configuration(name="1", strategy=Strategy())))
+        one = Configuration(name="1", strategy=Strategy())
+        before = LayerTable(profile, dataclasses.replace(self.measured, micro_batch=timed.rows).workload(one))
         after = LayerTable(profile, self.case.workload(self.configuration))
 
         old, new = self._launched(self.measured_on, timed), self._launched(self.cluster.devices[0], timed)
@@ -199,6 +216,7 @@ class _Setting:
         pairs = zip(timed.resident_seconds, factors(0), strict=True)
         return dataclasses.replace(
             timed,
+            rows=self.case.workload(self.configuration).chosen_micro_batch,
             seconds=tuple(float(own * by) for own, by in zip(timed.seconds, factors(-1), strict=True)),
             resident_seconds=tuple(None if own is None else float(own * by) for own, by in pairs),
         )
@@ -207,13 +225,13 @@ class _Setting:
         """With the launch overhead under which layers were timed."""
         return launched(Cluster(devices=(device,), links=()), self.case, timed.execution).devices[0]
 
-    def _assumed(self, messages: Messages) -> Iterator[str]:
+    def _assumed(self, messages: Messages, timed_rows: int) -> Iterator[str]:
         """What was not measured."""
         device, rows = self.cluster.devices[0].name, self.case.workload(self.configuration).chosen_micro_batch
         if self.measured_on.name != device:
             yield f"layers timed on {self.measured_on.name}, scaled to {device} by the roofline"
-        if rows != min(self.measured.micro_batch, self.measured.batch):
-            yield f"layers timed with {self.measured.micro_batch} sequences, scaled to {rows} by the roofline"
+        if rows != timed_rows:
+            yield f"layers timed with {timed_rows} sequences, scaled to {rows} by the roofline"
         group = replica(self.cluster, self.configuration)
         ranks = group.group_size
         if ranks > 1 and not (self.links.reduce_bytes and messages.measures(group.group_links[0])):

@@ -16,11 +16,12 @@ from lp_plugin.errors import WorkloadError
 from lp_plugin.files import read_text
 from lp_plugin.model import ModelProfile
 from lp_plugin.model.architecture import read_config
+from lp_plugin.model.layers import Granularity
 from lp_plugin.quantity import shown
 from lp_plugin.strategy.layouts import Strategy
 from lp_plugin.workload import Workload
 
-__all__ = ["Case", "Configuration", "Execution", "Experiment", "Partition", "read_experiment"]
+__all__ = ["Case", "Configuration", "Execution", "Experiment", "Partition", "WantedTimes", "read_experiment"]
 
 Partition = Literal["cache-aware", "uniform", "parameters"]
 """How layers are shared out among stages: by our planner, or by DeepSpeed's own methods."""
@@ -91,8 +92,8 @@ class Case:
     """``prefill``: whole sequences, no cache. ``decode``: prompts of ``sequence`` tokens, then new tokens."""
     batch: int
     """Sequences, shared by all replicas."""
-    micro_batch: int
-    """Sequences per micro-batch (decode: rows of a slot)."""
+    micro_batch: int | None
+    """Sequences per micro-batch (decode: rows of a slot); None for 1, decoding for a slot per stage of a replica."""
     sequence: int
     """Tokens of each sequence; decoding, of each prompt."""
     new_tokens: int = 0
@@ -104,7 +105,7 @@ class Case:
     counters: bool = False
     """Whether to read hardware counters of the baseline's and the first configuration's stages."""
 
-    def profile(self, granularity: Literal["layer", "sublayer"] = "layer") -> ModelProfile:
+    def profile(self, granularity: Granularity = "layer") -> ModelProfile:
         """The model's layers, not sharded.
 
         Raises:
@@ -115,17 +116,33 @@ class Case:
     def workload(self, configuration: Configuration) -> Workload:
         """What one replica of a configuration does, for the planner."""
         batch = -(-self.batch // configuration.strategy.data_parallel)
+        slots = configuration.strategy.pipeline_parallel
+        default = 1 if self.phase == "prefill" else -(-batch // slots)
         return Workload(
             phase=self.phase,
             batch=batch,
             sequence=self.sequence + self.new_tokens,
-            micro_batch=min(self.micro_batch, batch),
+            micro_batch=min(self.micro_batch or default, batch),
         )
 
     @property
     def tokens(self) -> int:
         """Counted by tokens per second: those of all sequences; decoding, all new tokens but each sequence's first."""
         return self.batch * (self.sequence if self.phase == "prefill" else self.new_tokens - 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WantedTimes:
+    """Layers to time alone before the trials."""
+
+    tensor_parallel: int
+    """Ranks that share each layer."""
+    granularity: Granularity
+    """Whether blocks are whole or attention and MLP apart."""
+    rows: int
+    """Sequences of a micro-batch."""
+    execution: Execution
+    """As a configuration asks for it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,7 +201,7 @@ class _CaseTable(_Table):
     processes: _Count
     phase: Literal["prefill", "decode"]
     batch: _Count
-    micro_batch: _Count = 1
+    micro_batch: _Count | None = None
     sequence: _Count
     new_tokens: Annotated[int, Field(ge=0, le=10**9)] = 0
     configurations: Annotated[list[str], Field(min_length=1, max_length=64)]

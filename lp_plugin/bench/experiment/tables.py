@@ -40,10 +40,10 @@ def case_line(case: CaseResult) -> str:
         )
         if isinstance(model.get(key), int)
     ]
-    work = f"a batch of {case.batch:,} x {case.sequence:,} tokens in micro-batches of {case.micro_batch:,}"
+    work = f"a batch of {case.batch:,} x {case.sequence:,} tokens in micro-batches of {case.micro_batch or 1:,}"
     if case.phase == "decode":
         work = f"{case.batch:,} x {case.sequence:,} tokens of prompts, {case.new_tokens:,} new tokens each, "
-        work += f"{case.micro_batch:,} rows at a time"
+        work += f"{case.micro_batch:,} rows at a time" if case.micro_batch else "a slot for each stage"
     where = f"{case.processes} {'process' if case.processes == 1 else 'processes'}"
     if case.environment is not None:
         devices = ", ".join(dict.fromkeys(case.environment.devices))
@@ -251,7 +251,7 @@ def configurations_table(case: CaseResult) -> Figures:
             _strategy(row).label,
             row.partition if row.pipeline_parallel > 1 else "",
             boundaries_text(row.boundaries),
-            str(num_micro_batches(case, row)),
+            f"{num_micro_batches(case, row):,} x {row.micro_batch:,}",
         )
         for row in case.rows
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import gc
 import os
@@ -18,6 +19,7 @@ from lp_plugin.bench.experiment.environment import describe_environment, device_
 from lp_plugin.bench.experiment.insight import count_sent, counted, profile_entries
 from lp_plugin.bench.experiment.job import CaseJob, LeftOutError, case_fields, note_reason
 from lp_plugin.bench.experiment.results import CaseResult
+from lp_plugin.bench.experiment.settings import Execution, WantedTimes
 from lp_plugin.bench.experiment.steps import Steps
 from lp_plugin.bench.experiment.trials import differs, passes_per_turn, take_turn, turn_order, warm_up
 from lp_plugin.errors import HardwareError
@@ -27,7 +29,6 @@ from lp_plugin.job.ranks import agree, gather, run_rank
 from lp_plugin.measure.device import detect_device
 from lp_plugin.measure.links import time_links
 from lp_plugin.measured import LayerTimes, Links
-from lp_plugin.model.layers import Granularity
 
 __all__ = ["run_case_rank"]
 
@@ -79,17 +80,16 @@ def _measure(job: CaseJob, steps: Steps) -> Measured:
     cluster, is_known = _cluster(job)
     links = time_links(_device()) if job.case.processes > 1 else Links()
     times: list[LayerTimes] = []
-    for tensor_parallel, granularity in job.times:
-        for execution in _executions(job):
-            what = f"timing layers alone, TP={tensor_parallel}, {granularity}s, {execution}"
-            steps.begin(what)
-            try:
-                found = together(functools.partial(_time, job, cluster, tensor_parallel, granularity, execution))
-            except LeftOutError as error:
-                steps.say(f"{what}: {error}")
-                continue
-            times.append(agree(found))
-            steps.say(what)
+    for wanted, execution in _to_time(job):
+        what = f"timing {wanted.granularity}s alone, TP={wanted.tensor_parallel}, {wanted.rows} rows, {execution}"
+        steps.begin(what)
+        try:
+            found = together(functools.partial(_time, job, cluster, wanted, execution))
+        except LeftOutError as error:
+            steps.say(f"{what}: {error}")
+            continue
+        times.append(agree(found))
+        steps.say(what)
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()  # copies of layers, and graphs over them
@@ -97,9 +97,7 @@ def _measure(job: CaseJob, steps: Steps) -> Measured:
     return Measured(cluster=cluster, calibrated=calibrated, is_known=is_known, times=tuple(times), links=links)
 
 
-def _time(
-    job: CaseJob, cluster: Cluster, tensor_parallel: int, granularity: Granularity, execution: Timed
-) -> LayerTimes | None:
+def _time(job: CaseJob, cluster: Cluster, wanted: WantedTimes, execution: Timed) -> LayerTimes | None:
     """Layers alone, on rank 0; the others rest."""
     if dist.get_rank():
         return None
@@ -108,25 +106,40 @@ def _time(
         case.config,
         dtype=case.dtype,
         device=_device(),
-        rows=min(case.micro_batch, case.batch),
+        rows=wanted.rows,
         tokens=case.sequence,
         cache_length=case.sequence + case.new_tokens if case.phase == "decode" else 0,
-        tensor_parallel=tensor_parallel,
+        tensor_parallel=wanted.tensor_parallel,
         execution=execution,
-        granularity=granularity,
+        granularity=wanted.granularity,
         first_tier_bytes=tiers[0].usable_bytes if len(tiers) > 1 else 0,
     )
 
 
-def _executions(job: CaseJob) -> list[Timed]:
-    """In which layers are timed: those that configurations may run in."""
+def _to_time(job: CaseJob) -> list[tuple[WantedTimes, Timed]]:
+    """Each kind of layers in each way that configurations may run it, once."""
+    found = {
+        (dataclasses.replace(wanted, execution="auto"), way): None
+        for wanted in job.times
+        for way in _ways(wanted.execution, decoding=job.case.phase == "decode")
+    }
+    return list(found)
+
+
+def _ways(execution: Execution, *, decoding: bool) -> tuple[Timed, ...]:
+    """How layers of a configuration are timed."""
     if not torch.cuda.is_available():
-        return ["eager"]
-    asked = {each.execution for each in job.case.configurations}
-    ways: dict[Timed, set[str]] = {"eager": {"auto", "eager", "stock"}, "graphs": {"auto", "graphs"}}
-    if job.case.phase == "decode":
-        ways = {"graphs": {"auto", "graphs"}}
-    return [way for way, executions in (ways | {"compiled": {"compiled"}}).items() if asked & executions]
+        return ("eager",)
+    if decoding:
+        return ("compiled" if execution == "compiled" else "graphs",)
+    ways: dict[Execution, tuple[Timed, ...]] = {
+        "auto": ("eager", "graphs"),
+        "eager": ("eager",),
+        "stock": ("eager",),
+        "graphs": ("graphs",),
+        "compiled": ("compiled",),
+    }
+    return ways[execution]
 
 
 def _cluster(job: CaseJob) -> tuple[Cluster, bool]:
