@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from lp_plugin.errors import WorkloadError
 
 __all__ = [
+    "BESIDE_BYTES",
     "Interval",
     "bubble_bound",
     "bubble_fraction",
@@ -24,6 +25,10 @@ __all__ = [
     "overlapped_timeline",
     "ring_seconds",
 ]
+
+
+BESIDE_BYTES = 2**20
+"""Longest message that our forward pipeline receives beside compute on GPUs; see `forward.hops.received_beside`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

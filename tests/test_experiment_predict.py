@@ -167,6 +167,17 @@ def test_prefill_is_as_simulated_from_timed_layers(text: str, micro_batches: int
         assert stock.seconds == pytest.approx(max(visit.stop for visit in simulate(blocked, micro_batches)))
 
 
+def test_long_messages_are_received_between_passes() -> None:
+    case = a_case(batch=8, sequence=2048)
+    times = some_times(case)
+    found = the_timed(case, "pp=3", (0, 3, 5, 8), [times])
+    hop = Messages(cluster=FOUR, links=LINKS).send_seconds(FOUR.links[0], 2 * 2048 * 1024 * 2)
+    first, *others = of_stages(times.seconds, (0, 3, 5, 8))
+    slower = [first, *(own + hop for own in others)]
+    assert found.seconds == pytest.approx(max(visit.stop for visit in simulate(slower, 4)))
+    assert found.stage_seconds == pytest.approx([first, *others])
+
+
 @pytest.mark.parametrize(("text", "slots"), [("1", 6), ("pp=4", 6), ("dp=4 pp=1", 2), ("pp=3", 6), ("dp=2 pp=2", 3)])
 def test_decode_is_the_pace_of_a_ring_that_never_drains(text: str, slots: int) -> None:
     case, configuration = a_case("decode", new_tokens=41), Configuration.parse(text)

@@ -25,6 +25,7 @@ from lp_plugin.integrations.transformers.decoder import DecoderStage
 __all__ = ["Cut", "check_shardable", "shard_stage", "whole_tensor"]
 
 _COLUMNS = ("colwise", "colwise_gather_output", "colwise_rep")
+_PLAIN = "colwise"
 _ROWS = ("rowwise", "rowwise_split_input", "rowwise_rep")
 _PACKED = "packed_colwise"
 _EXPERTS = "moe_tp_experts"
@@ -184,6 +185,8 @@ def _shard_module(stage: DecoderStage, name: str, module: nn.Module, plan: dict[
             is_cut = True
     if not is_cut or style is None or ranks.mesh is None:
         return
+    if style == _PLAIN and type(module) is nn.Linear:
+        return  # without gradients the style changes neither what comes in nor what goes out
     if style == _EXPERTS:
         AllReduceParallel().install_forward(module, ranks.mesh)  # each rank has a part of every expert
     else:

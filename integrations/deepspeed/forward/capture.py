@@ -16,6 +16,8 @@ _WARM_UP_PASSES = 2
 """Before a capture, so that libraries have made their plans."""
 _PASSES = 8
 """That are timed together: back to back, as in a pipeline."""
+_REPLAYS = 4
+"""Of a graph of so many passes, so that the launch of the next one is hidden, as in a pipeline."""
 
 
 @functools.cache
@@ -75,9 +77,16 @@ def pass_seconds(
         for _ in range(count):
             one_pass()
 
-    launch = captured(passes, device, warm_up=one_pass, pool=pool).replay if replayed else passes
+    launch, rounds = passes, 1
+    if replayed:
+        launch, rounds = captured(passes, device, warm_up=one_pass, pool=pool).replay, _REPLAYS
+
+    def launch_all() -> None:
+        for _ in range(rounds):
+            launch()
+
     warm_up_seconds = warm_up_seconds if device.type == "cuda" else 0.0
     seconds = stage_alone_seconds(
-        lambda _: launch(), None, warm_up_seconds=warm_up_seconds, group=group, repeats=repeats
+        lambda _: launch_all(), None, warm_up_seconds=warm_up_seconds, group=group, repeats=repeats
     )
-    return seconds / count
+    return seconds / (count * rounds)

@@ -1,4 +1,4 @@
-"""Messages from stage to stage that travel while the stages compute."""
+"""Messages from stage to stage: sent while the stages compute, and short ones received meanwhile."""
 
 from __future__ import annotations
 
@@ -8,10 +8,26 @@ import torch
 from torch import distributed
 from torch.utils.dlpack import from_dlpack, to_dlpack
 
-__all__ = ["NUM_BUFFERS", "Hops"]
+from lp_plugin.schedule import BESIDE_BYTES
+
+__all__ = ["NUM_BUFFERS", "Hops", "received_beside"]
 
 NUM_BUFFERS = 2
 """Micro-batches between two stages on each side: one that computes, one on its way."""
+
+
+def received_beside(num_bytes: int, device: torch.device) -> bool:
+    """Whether a message is received while the stage computes, or between two passes.
+
+    On a GPU a receiving that waits for its message keeps multiprocessors from computing, the more of them the longer
+    the message is. Between passes a long one takes a small part of the time that computing takes for as many tokens. A
+    sending that waits slows down a stage that is ahead anyway.
+
+    Source:
+        2 x H200, hidden 8192, 2,048 tokens (33.6 MB) from stage to stage every 51.4 ms: receiving beside compute, the
+        pipeline reached 96.4% of the bubble bound. hidden 1024, 16 tokens (32 kB) every 0.54 ms: 98.7%.
+    """
+    return device.type != "cuda" or num_bytes <= BESIDE_BYTES
 
 
 class Hops:

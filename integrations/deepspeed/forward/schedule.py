@@ -28,8 +28,16 @@ class SendActivation(PipeInstruction):
 class ForwardSchedule(PipeSchedule):
     """One step per micro-batch; every instruction gets its number.
 
-    The next micro-batch is on its way while this one computes, and the one before leaves meanwhile.
+    Args:
+        micro_batches: In all.
+        stages: Of the pipeline.
+        stage_id: This one.
+        receives_beside: Whether the next micro-batch is on its way while this one computes; else it comes afterwards.
     """
+
+    def __init__(self, micro_batches: int, stages: int, stage_id: int, *, receives_beside: bool) -> None:
+        super().__init__(micro_batches, stages, stage_id)
+        self._receives_beside = receives_beside
 
     def num_pipe_buffers(self) -> int:
         """None of the engine's own."""
@@ -40,7 +48,8 @@ class ForwardSchedule(PipeSchedule):
         for number in range(self.micro_batches):
             step: list[PipeInstruction] = []
             if not self.is_first_stage:
-                coming = (0, 1) if number == 0 else (number + 1,)
+                ahead = 1 if self._receives_beside else 0
+                coming = range(ahead + 1) if number == 0 else (number + ahead,)
                 step += [StartReceiving(micro_batch=each) for each in coming if each < self.micro_batches]
                 step.append(AwaitActivation(micro_batch=number))
             step.append(Forward(micro_batch=number))

@@ -12,6 +12,7 @@ from lp_plugin.errors import WorkloadError
 from lp_plugin.integrations.deepspeed.forward.hops import NUM_BUFFERS
 from lp_plugin.integrations.deepspeed.forward.whole_rows import FixedRotations, whole_rows
 from lp_plugin.integrations.deepspeed.generation.lean import LeanPass
+from lp_plugin.integrations.deepspeed.joint_projections import JointProjections
 
 __all__ = ["StageWork"]
 
@@ -30,8 +31,8 @@ class StageWork:
         rows: Sequences of each.
         tokens: Of each sequence.
         width: Elements per token of the activation that comes in.
-        compiled: Whether ``torch.compile`` fuses the stage's kernels. Else, on GPUs, passes take fewer kernels by
-            `LeanPass`; on CPUs they are transformers' own.
+        compiled: Whether ``torch.compile`` fuses the stage's kernels, but for `JointProjections`. Else, on GPUs, passes
+            take fewer kernels by `LeanPass`; on CPUs they are transformers' own.
 
     Attributes:
         inputs: Token ids [micro-batches, rows, tokens], or activations [2, rows, tokens, width] of the micro-batches
@@ -53,18 +54,16 @@ class StageWork:
     ) -> None:
         self._stage, self._is_first, self._is_last = module.stage, is_first, is_last
         self._loss_fn: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = module.loss_fn if is_last else None
-        self._num_micro_batches = num_micro_batches
-        shape, device = (num_micro_batches, rows, tokens), module.device
-        if is_first:
-            self.inputs = torch.randint(module.hf_config.vocab_size, shape, device=device)
-        else:
-            self.inputs = torch.randn(NUM_BUFFERS, rows, tokens, width, device=device, dtype=module.torch_dtype)
+        device = module.device
+        self._shape, self._device, self._vocabulary = (rows, tokens), device, module.hf_config.vocab_size
         self.has_loss = self._loss_fn is not None
-        self._labels = torch.zeros(shape, dtype=torch.long, device=device) if self.has_loss else None
-        self._results: dict[bool, torch.Tensor] = {}
-        """Of the loss function (True) or the stage itself."""
+        if not is_first:
+            self.inputs = torch.randn(NUM_BUFFERS, rows, tokens, width, device=device, dtype=module.torch_dtype)
+        self.hold(num_micro_batches)
         self._compiled = compiled
-        self._lean = LeanPass(self._stage.model) if device.type == "cuda" and not compiled else None
+        self._fewer_kernels: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        if device.type == "cuda":
+            self._fewer_kernels = JointProjections(self._stage.model) if compiled else LeanPass(self._stage.model)
         self._rotations = FixedRotations(self._stage.model)
         self._forward: Callable[[torch.Tensor], torch.Tensor] = self._stage
         if compiled:
@@ -75,15 +74,25 @@ class StageWork:
     @contextlib.contextmanager
     def passing(self) -> Iterator[None]:
         """Inside, micro-batches run; changes transformers for the whole process meanwhile."""
-        context: contextlib.AbstractContextManager[Any] = self._lean or contextlib.nullcontext()
+        limits: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
         if self._compiled:
             # beyond its limit torch would run stages of further shapes without compiling them
-            context = torch._dynamo.config.patch(recompile_limit=_MOST_SHAPES, fail_on_recompile_limit_hit=True)
-        with torch.no_grad(), context, self._rotations, whole_rows():
+            limits = torch._dynamo.config.patch(recompile_limit=_MOST_SHAPES, fail_on_recompile_limit_hit=True)
+        with torch.no_grad(), limits, self._fewer_kernels, self._rotations, whole_rows():
             yield
 
-    def fill(self, inputs: torch.Tensor | None, labels: torch.Tensor | None) -> bool:
-        """Takes in what a run is given.
+    def hold(self, num_micro_batches: int) -> None:
+        """Makes room for the inputs, labels and results of so many micro-batches; what was there is lost."""
+        shape = (num_micro_batches, *self._shape)
+        if self._is_first:
+            self.inputs = torch.randint(self._vocabulary, shape, device=self._device)
+        self._labels = torch.zeros(shape, dtype=torch.long, device=self._device) if self.has_loss else None
+        self._num_micro_batches = num_micro_batches
+        self._results: dict[bool, torch.Tensor] = {}
+        """Of the loss function (True) or the stage itself."""
+
+    def check(self, inputs: torch.Tensor | None, labels: torch.Tensor | None, num_micro_batches: int) -> bool:
+        """Looks at what a run is given.
 
         Returns:
             Whether the results will be the loss function's.
@@ -91,12 +100,20 @@ class StageWork:
         Raises:
             WorkloadError: If this stage lacks its inputs, or they have another shape.
         """
+        shape = (num_micro_batches, *self._shape)
+        labelled = self.has_loss and labels is not None
         if self._is_first:
-            _copy("inputs", inputs, self.inputs)
-        if self._labels is None or labels is None:
-            return False
-        _copy("labels", labels, self._labels)
-        return True
+            _check("inputs", inputs, shape)
+        if labelled:
+            _check("labels", labels, shape)
+        return labelled
+
+    def fill(self, inputs: torch.Tensor | None, labels: torch.Tensor | None) -> None:
+        """Takes in the inputs and labels of a run, or of some of its micro-batches."""
+        if self._is_first and inputs is not None:
+            self.inputs[: len(inputs)].copy_(inputs, non_blocking=True)
+        if self._labels is not None and labels is not None:
+            self._labels[: len(labels)].copy_(labels, non_blocking=True)
 
     def buffer(self, micro_batch: int) -> torch.Tensor:
         """Where a micro-batch's input lies, or comes in."""
@@ -127,11 +144,10 @@ class StageWork:
         return self._results[labelled] if self._is_last else None
 
 
-def _copy(name: str, given: torch.Tensor | None, into: torch.Tensor) -> None:
-    if given is None or given.shape != into.shape:
+def _check(name: str, given: torch.Tensor | None, shape: tuple[int, ...]) -> None:
+    if given is None or given.shape != shape:
         found = "missing" if given is None else f"of shape {list(given.shape)}"
         raise WorkloadError(
-            f"{name} are {found}; this stage takes {list(into.shape)}: micro-batches, rows, tokens. "
+            f"{name} are {found}; this stage takes {list(shape)}: micro-batches, rows, tokens. "
             "Give a tensor of this shape, or make a pipeline for another one."
         )
-    into.copy_(given, non_blocking=True)

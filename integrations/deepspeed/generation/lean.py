@@ -1,11 +1,13 @@
 """transformers' forward pass in fewer kernels: on GPUs a decode pass is bound by their number, not by arithmetic.
 
-Nothing of the model changes for good, and values differ by rounding at most: what transformers does anew in every
-block is done once per pass, norms run as one kernel of PyTorch instead of eight, rotations as 5 instead of 10.
+Nothing of the model changes for good but where its weights lie, and values differ by rounding at most: what
+transformers does anew in every block is done once per pass, norms run as one kernel of PyTorch instead of eight,
+rotations as 5 instead of 10, and projections of the same input as one product.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
 from collections.abc import Callable, Iterator
@@ -18,6 +20,8 @@ from torch.nn import functional
 from transformers import Cache
 from transformers.cache_utils import StaticLayer
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+
+from lp_plugin.integrations.deepspeed.joint_projections import JointProjections
 
 __all__ = ["LeanPass", "lean_cache"]
 
@@ -35,18 +39,27 @@ class LeanPass:
     """A context in which a model makes its passes; can be entered again and again.
 
     Masks are converted to what attention adds once, not in every block. RMS norms run as one kernel, and queries and
-    keys are rotated together, where that gives the same; this is tried out beforehand. Inside, transformers is changed
-    for the whole process: one thread at a time, and no context within another's.
+    keys are rotated together, where that gives the same; this is tried out beforehand. On GPUs projections of the same
+    input run as one product. Inside, transformers is changed for the whole process: one thread at a time, and no
+    context within another's.
 
     Args:
         model: transformers' model, on its device.
+
+    Attributes:
+        joint: The part of this context that compiled passes need too.
     """
 
     def __init__(self, model: nn.Module) -> None:
+        on_gpu = any(parameter.is_cuda for parameter in model.parameters())
+        self.joint: contextlib.AbstractContextManager[None] = (
+            JointProjections(model) if on_gpu else contextlib.nullcontext()
+        )
         self._norms = list(_fused_norms(model))
         self._rotations = list(_joint_rotations(model))
 
     def __enter__(self) -> None:
+        self.joint.__enter__()
         ALL_MASK_ATTENTION_FUNCTIONS["sdpa"] = _additive_mask
         for module, forward in self._norms:
             module.forward = forward
@@ -61,6 +74,7 @@ class LeanPass:
             del module.forward
         for source, theirs, _ in self._rotations:
             source.apply_rotary_pos_emb = theirs  # type: ignore[attr-defined]
+        self.joint.__exit__(kind, error, trace)
 
 
 def _additive_mask(*args: Any, dtype: torch.dtype, **kwargs: Any) -> torch.Tensor | None:

@@ -28,7 +28,8 @@ class SlotState:
         is_first: Whether the stage is the first.
         chooser: On the last stage, else None.
         lean: The context for passes of the stage's model.
-        compiled: Whether ``torch.compile`` fuses the kernels of decode passes, instead of that context.
+        compiled: Whether ``torch.compile`` fuses the kernels of decode passes, instead of that context but for its
+            joint projections.
         device: Of the stage.
         dtype: Of activations.
 
@@ -57,7 +58,7 @@ class SlotState:
         self.chooser = chooser
         self._lean = lean
         self._step = torch.compile(stage.step, dynamic=False) if compiled else stage.step
-        self._decoding: contextlib.AbstractContextManager[None] = contextlib.nullcontext() if compiled else lean
+        self._decoding: contextlib.AbstractContextManager[None] = lean.joint if compiled else lean
         cache = stage.new_cache(rows, length)
         self._cache = cache if compiled else lean_cache(cache, device)
         self._mask = torch.zeros(rows, length, dtype=torch.long, device=device)

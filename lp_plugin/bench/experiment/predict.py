@@ -33,7 +33,7 @@ from lp_plugin.generate.static_layers import workspace_bytes
 from lp_plugin.hardware import Cluster
 from lp_plugin.measured import LayerTimes, Links
 from lp_plugin.model import ModelProfile
-from lp_plugin.schedule import makespan_seconds, overlapped_seconds, ring_seconds
+from lp_plugin.schedule import BESIDE_BYTES, makespan_seconds, overlapped_seconds, ring_seconds
 from lp_plugin.solver.layer_table import LayerTable
 from lp_plugin.solver.solve import evaluate
 
@@ -159,18 +159,28 @@ class _Expected:
         )
         return Prediction(
             source=source,
-            seconds=max(self._seconds(stages, hops, workload.num_micro_batches), self._on_cores(stages)),
+            seconds=max(
+                self._seconds(stages, hops, workload.num_micro_batches, float(max(crossing, default=0.0))),
+                self._on_cores(stages),
+            ),
             stage_seconds=stages,
             hop_seconds=hops,
         )
 
-    def _seconds(self, stages: Sequence[float], hops: Sequence[float], num_micro_batches: int) -> float:
+    def _seconds(
+        self, stages: Sequence[float], hops: Sequence[float], num_micro_batches: int, longest_message: float
+    ) -> float:
         """Of a trial."""
         if self.case.phase == "decode":
             tokens = self.case.workload(self.configuration).chosen_micro_batch
             back = [self.messages.send_seconds(link, _TOKEN_BYTES * tokens) for link in self.group.links[-1:]]
             turns = [own + before for own, before in zip(stages, [*(back or [0.0]), *hops], strict=True)]
             return (self.case.new_tokens - 1) * ring_seconds(turns, num_micro_batches)
+        on_gpus = self.group.devices[0].name != "cpu"
+        if self.execution != "stock" and on_gpus and longest_message > BESIDE_BYTES:
+            return makespan_seconds(
+                [own + came for own, came in zip(stages, (0.0, *hops), strict=True)], num_micro_batches
+            )
         if self.execution == "stock":
             blocked = zip(stages, (0.0, *hops), (*hops, 0.0), strict=True)
             return makespan_seconds([sum(each) for each in blocked], num_micro_batches)
