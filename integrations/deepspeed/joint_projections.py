@@ -26,9 +26,9 @@ _Forward = Callable[[torch.Tensor], torch.Tensor]
 
 
 class JointProjections:
-    """A context in which a model's projections of the same input run as one product; can be entered again and again.
+    """Contexts in which a model's projections of the same input run as one product; can be entered again and again.
 
-    Passes in it may be launched, captured or traced by ``torch.compile``, but need no gradients. Results differ by
+    Passes in them may be launched, captured or traced by ``torch.compile``, all without gradients. Results differ by
     rounding at most. Weights move once, when the first such context of a model is made: graphs that were captured
     before must not run again. Parameters stay the same objects of the same names and values. Whether a module asks its
     projections in the expected way is tried out; if not, or if they aren't plain linear layers without gradients, they
@@ -36,10 +36,29 @@ class JointProjections:
 
     Args:
         model: transformers' model, on its device.
+
+    Attributes:
+        all: For compiled passes.
+        attention: For others: without gate and up projections, whose parts of one product lie apart in memory, which
+            costs kernels that aren't compiled more than one product saves.
+
+    Source:
+        H200, hidden 1024 and 2048, per block: queries, keys and values 1.12 to 1.16 x in decode steps, 1.02 to 1.05 x
+        for 2,048 tokens; with gate and up 0.93 to 0.95 x for these, compiled 1.25 to 1.36 x in decode steps.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._joints = [_Joint(group) for owner in model.modules() for group in _groups(owner)]
+        groups = [group for owner in model.modules() for group in _groups(owner)]
+        joints = [_Joint(group) for group in groups]
+        self.all = _Within(joints)
+        self.attention = _Within([joint for joint, group in zip(joints, groups, strict=True) if len(group) == 3])
+
+
+class _Within:
+    """A context in which some groups run as one product each."""
+
+    def __init__(self, joints: Sequence[_Joint]) -> None:
+        self._joints = joints
 
     def __enter__(self) -> None:
         for joint in self._joints:

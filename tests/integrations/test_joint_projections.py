@@ -69,8 +69,8 @@ def storage_bytes(module: nn.Module) -> int:
 def test_the_same_logits_by_fewer_products(family: str) -> None:
     model = frozen(family)
     expected, separately = counted(model, tokens())
-    joint = JointProjections(model)
-    for context in (joint, joint, JointProjections(model)):
+    joint = JointProjections(model).all
+    for context in (joint, joint, JointProjections(model).all):
         with context:
             found, together = counted(model, tokens())
         torch.testing.assert_close(found.logits, expected.logits, **CLOSE)
@@ -99,11 +99,20 @@ def test_parameters_are_what_they_were_in_the_same_memory(family: str) -> None:
         assert parts[0].untyped_storage().nbytes() == sum(part.nbytes for part in parts)
 
 
+def test_gate_and_up_stay_apart_where_nothing_is_compiled() -> None:
+    model = frozen("llama")
+    expected, separately = counted(model, tokens())
+    with JointProjections(model).attention:
+        found, together = counted(model, tokens())
+    torch.testing.assert_close(found.logits, expected.logits, **CLOSE)
+    assert separately - together == BLOCKS * 2
+
+
 def test_weights_that_are_loaded_afterwards_count() -> None:
     model, other = frozen("llama"), frozen("llama")
     for parameter in other.parameters():
         parameter.mul_(0.7)
-    joint = JointProjections(model)
+    joint = JointProjections(model).all
     for assign in (False, True):  # the second takes other memory: the projections run by themselves again
         model.load_state_dict(other.state_dict(), assign=assign)
         with joint:
@@ -134,7 +143,7 @@ def test_compiled_once_and_in_one_piece(family: str) -> None:
 
     torch.compiler.reset()
     compiled = torch.compile(stage.forward, dynamic=False, fullgraph=True, backend=backend)
-    joint = JointProjections(stage.model)
+    joint = JointProjections(stage.model).all
     with torch._dynamo.config.patch(error_on_recompile=True):
         for number in range(3):
             with joint, whole_rows():
@@ -150,7 +159,7 @@ def test_compiled_once_and_in_one_piece(family: str) -> None:
 def test_in_a_lean_pass() -> None:
     model = frozen("qwen3")
     expected = model(tokens()).logits
-    with JointProjections(model), LeanPass(model):
+    with JointProjections(model).all, LeanPass(model):
         torch.testing.assert_close(model(tokens()).logits, expected, **CLOSE)
 
 
@@ -162,7 +171,7 @@ def test_a_rank_s_parts(family: str, saved: int) -> None:
     stage = stage_of_copies(config, 1, 2, copies=BLOCKS, tensor_parallel=2, **given)
     hidden = torch.randn(2, 5, config.hidden_size)
     expected, separately = counted(stage, hidden)
-    with JointProjections(stage.model):
+    with JointProjections(stage.model).all:
         found, together = counted(stage, hidden)
     torch.testing.assert_close(found, expected, **CLOSE)
     assert separately - together == BLOCKS * saved
@@ -250,7 +259,7 @@ CHANGED = (with_gradients, with_one_bias, with_two_precisions, with_shared_memor
 def test_left_alone(make: Any) -> None:
     mlp = make()
     places, own = [each.data_ptr() for each in mlp.parameters()], dict(mlp.up_proj.__dict__)
-    with JointProjections(mlp):
+    with JointProjections(mlp).all:
         assert "forward" not in mlp.gate_proj.__dict__
         assert mlp.up_proj.__dict__.get("forward") is own.get("forward")
     assert places == [each.data_ptr() for each in mlp.parameters()]
@@ -258,7 +267,7 @@ def test_left_alone(make: Any) -> None:
 
 def test_another_input_than_tried_out() -> None:
     mlp = Sometimes()
-    joint, mlp.tried_out = JointProjections(mlp), True
+    joint, mlp.tried_out = JointProjections(mlp).all, True
     value = torch.randn(3, 8)
     expected = mlp(value)
     with joint:
@@ -269,7 +278,7 @@ def test_another_input_than_tried_out() -> None:
 
 def test_everything_is_back_after_an_error() -> None:
     mlp = Mlp()
-    joint = JointProjections(mlp)
+    joint = JointProjections(mlp).all
     with pytest.raises(RuntimeError, match="shape"), joint:
         mlp(torch.randn(3, 9))
     assert "forward" not in mlp.gate_proj.__dict__

@@ -63,7 +63,7 @@ class StageWork:
         self._compiled = compiled
         self._fewer_kernels: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if device.type == "cuda":
-            self._fewer_kernels = JointProjections(self._stage.model) if compiled else LeanPass(self._stage.model)
+            self._fewer_kernels = JointProjections(self._stage.model).all if compiled else LeanPass(self._stage.model)
         self._rotations = FixedRotations(self._stage.model)
         self._forward: Callable[[torch.Tensor], torch.Tensor] = self._stage
         if compiled:

@@ -39,27 +39,29 @@ class LeanPass:
     """A context in which a model makes its passes; can be entered again and again.
 
     Masks are converted to what attention adds once, not in every block. RMS norms run as one kernel, and queries and
-    keys are rotated together, where that gives the same; this is tried out beforehand. On GPUs projections of the same
-    input run as one product. Inside, transformers is changed for the whole process: one thread at a time, and no
+    keys are rotated together, where that gives the same; this is tried out beforehand. On GPUs queries, keys and values
+    are made by one product. Inside, transformers is changed for the whole process: one thread at a time, and no
     context within another's.
 
     Args:
         model: transformers' model, on its device.
 
     Attributes:
-        joint: The part of this context that compiled passes need too.
+        compiled: The context for compiled passes instead.
     """
 
     def __init__(self, model: nn.Module) -> None:
         on_gpu = any(parameter.is_cuda for parameter in model.parameters())
-        self.joint: contextlib.AbstractContextManager[None] = (
-            JointProjections(model) if on_gpu else contextlib.nullcontext()
+        joint = JointProjections(model) if on_gpu else None
+        self.compiled: contextlib.AbstractContextManager[None] = joint.all if joint else contextlib.nullcontext()
+        self._attention: contextlib.AbstractContextManager[None] = (
+            joint.attention if joint else contextlib.nullcontext()
         )
         self._norms = list(_fused_norms(model))
         self._rotations = list(_joint_rotations(model))
 
     def __enter__(self) -> None:
-        self.joint.__enter__()
+        self._attention.__enter__()
         ALL_MASK_ATTENTION_FUNCTIONS["sdpa"] = _additive_mask
         for module, forward in self._norms:
             module.forward = forward
@@ -74,7 +76,7 @@ class LeanPass:
             del module.forward
         for source, theirs, _ in self._rotations:
             source.apply_rotary_pos_emb = theirs  # type: ignore[attr-defined]
-        self.joint.__exit__(kind, error, trace)
+        self._attention.__exit__(kind, error, trace)
 
 
 def _additive_mask(*args: Any, dtype: torch.dtype, **kwargs: Any) -> torch.Tensor | None:

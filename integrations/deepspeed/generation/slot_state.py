@@ -58,7 +58,7 @@ class SlotState:
         self.chooser = chooser
         self._lean = lean
         self._step = torch.compile(stage.step, dynamic=False) if compiled else stage.step
-        self._decoding: contextlib.AbstractContextManager[None] = lean.joint if compiled else lean
+        self._decoding: contextlib.AbstractContextManager[None] = lean.compiled if compiled else lean
         cache = stage.new_cache(rows, length)
         self._cache = cache if compiled else lean_cache(cache, device)
         self._mask = torch.zeros(rows, length, dtype=torch.long, device=device)
