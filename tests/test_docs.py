@@ -1,10 +1,15 @@
 """The documentation is true: its sessions run, its links lead somewhere, its files are there."""
 
+import dataclasses
 import doctest
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
+
+from lp_plugin.bench.experiment.report import TABLES
+from lp_plugin.bench.experiment.settings import Case, Execution, Experiment, Partition, ScaleOut
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "examples").rglob("*.md"))]
@@ -36,3 +41,12 @@ def test_a_session_prints_what_the_page_says(
 def test_links_lead_to_files(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
         assert target.startswith("http") or (page.parent / target).exists(), target
+
+
+def test_every_word_of_an_experiment_is_explained() -> None:
+    page = (ROOT / "docs" / "bench.md").read_text(encoding="utf-8")
+    keys = {field.name for kind in (Experiment, Case, ScaleOut) for field in dataclasses.fields(kind)}
+    words = keys - {"config", "cases"} | {"model", "changes", "[[case]]", "[[scale_out]]"}
+    words |= {*get_args(Partition), *get_args(Execution), "dp=N", "tp=N", "pp=N", "1"}
+    assert {word for word in words if not re.search(rf"`{re.escape(word)}`|\[{re.escape(word)}\]", page)} == set()
+    assert {name for name in TABLES if f"--table {name}`" not in page} == set()

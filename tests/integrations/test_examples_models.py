@@ -76,6 +76,31 @@ def test_deepspeed_config(example: Example, text_models: Path) -> None:
     assert "log-likelihood -" in printed
 
 
+def test_forward(start: Start, text_models: Path) -> None:
+    printed = start(
+        *(BIN / "torchrun", "--standalone", "--nproc-per-node=2", EXAMPLES / "forward.py", text_models / "llama"),
+        *("--micro-batches", "3", "--rows", "2", "--tokens", "16", "--repeats", "1"),
+    )
+    assert "eager: logits [3, 2, 16, 264], largest difference from eval_batch 0\n" in printed
+    assert re.search(r"a batch takes \S+ ms with eval_batch, \S+ ms with ForwardPipeline\n", printed)
+
+
+def test_forward_pipeline_of_the_page(
+    own_process: None, text_models: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    page = (EXAMPLES.parent / "docs" / "bench.md").read_text(encoding="utf-8")
+    (snippet,) = re.findall(r"```python\n(import torch\n.*?)```", page, re.DOTALL)
+    script = tmp_path / "snippet.py"
+    script.write_text(snippet.replace("MODEL_DIR", str(text_models / "llama")), encoding="utf-8")
+    made = runpy.run_path(str(script))
+    assert made["logits"].shape == (8, 4, 64, 264)
+    assert re.search(r"^eager \S+\n", capsys.readouterr().out, re.MULTILINE)
+    model = AutoModelForCausalLM.from_pretrained(text_models / "llama").eval()
+    with torch.no_grad():
+        expected = torch.stack([model(each).logits for each in made["tokens"]])
+    torch.testing.assert_close(made["logits"], expected, rtol=1e-5, atol=1e-5)
+
+
 def test_accelerate_map(example: Example, text_models: Path) -> None:
     printed = example("accelerate_map.py", text_models / "llama", "--cluster", "h200:2").splitlines()
     assert printed[0].startswith("device 0: model.embed_tokens, model.layers.0")
