@@ -6,7 +6,7 @@ import os
 import tempfile
 from pathlib import Path
 
-__all__ = ["check_target", "read_text", "write_atomically"]
+__all__ = ["check_folder", "check_target", "read_text", "write_atomically"]
 
 
 def read_text(path: Path, most_bytes: int, remedy: str) -> str:
@@ -38,6 +38,16 @@ def check_target(path: Path) -> None:
     """
     if path.exists() and not path.is_file():
         raise OSError("it is a folder or a special file; give the name of a regular file")
+
+
+def check_folder(folder: Path) -> None:
+    """Refuses a folder in which no file can be made; leaves nothing behind.
+
+    Raises:
+        OSError: If it is missing, is none, or can't be written.
+    """
+    with tempfile.TemporaryFile(dir=folder):
+        return
 
 
 def write_atomically(path: Path, text: str) -> None:

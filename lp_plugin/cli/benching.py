@@ -32,9 +32,14 @@ def bench_experiment(
 ) -> None:
     """Run an experiment: configurations in turns in the same processes; tables, pictures, one page of HTML."""
     require("run", "torch", "deepspeed", "transformers")
-    from lp_plugin.bench.experiment.command import run_experiment  # noqa: PLC0415 - imports torch
+    from lp_plugin.bench.experiment.checks import checked_experiment  # noqa: PLC0415
+    from lp_plugin.bench.experiment.output import chosen_tables  # noqa: PLC0415
 
-    run_experiment(console(), file, folder=output, tables=table or ())
+    tables = chosen_tables(table or ())
+    experiment = checked_experiment(file, tables)
+    from lp_plugin.bench.experiment.command import run_experiment  # noqa: PLC0415 - imports torch, which takes seconds
+
+    run_experiment(console(), experiment, folder=output, tables=tables)
 
 
 @bench.command("report")

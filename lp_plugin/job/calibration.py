@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import platform
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ from deepspeed import comm as dist
 from rich.console import Console
 
 from lp_plugin.errors import HardwareError
-from lp_plugin.files import check_target
+from lp_plugin.files import check_folder, check_target
 from lp_plugin.hardware.catalogue import catalogue, load_device, load_link
 from lp_plugin.hardware.writing import write_cluster
 from lp_plugin.integrations.deepspeed.engine import init_distributed
@@ -24,7 +22,7 @@ from lp_plugin.job.ranks import gather
 from lp_plugin.measure.bandwidth import copy_rates, find_caches
 from lp_plugin.measure.calibration import Calibration, LayerRate, calibrated_cluster, notes_of
 from lp_plugin.measure.calibration_tables import calibration_picture, calibration_report
-from lp_plugin.measure.device import catalogue_name
+from lp_plugin.measure.device import catalogue_name, device_name
 from lp_plugin.measure.launches import launch_seconds
 from lp_plugin.measure.links import time_links
 from lp_plugin.measure.matmul import matmul_rates
@@ -81,14 +79,15 @@ def calibrate_host(console: Console, *, output: Path, processes: int | None, pic
 
 
 def _check_output(output: Path) -> None:
-    try:
-        check_target(output)
-    except OSError as error:
-        raise HardwareError(f"the cluster file can't be written to {output}: {error}.") from None
     if output.suffix != ".toml" or not output.resolve().parent.is_dir():
         raise HardwareError(
             f"the cluster file can't be written to {output}: give a name that ends in .toml, in a folder that exists."
         )
+    try:
+        check_target(output)
+        check_folder(output.resolve().parent)
+    except OSError as error:
+        raise HardwareError(f"the cluster file can't be written to {output}: {error}.") from None
 
 
 def calibrate_rank() -> Calibration | None:
@@ -103,7 +102,7 @@ def calibrate_rank() -> Calibration | None:
     init_distributed()
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
-    hardware = torch.cuda.get_device_name(device) if cuda else _cpu_name()
+    hardware = device_name()
     others = gather(hardware)
     if len(set(others)) > 1:
         raise HardwareError(
@@ -194,11 +193,3 @@ def _memory_bytes(device: torch.device, processes: int) -> int:
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // processes
-
-
-def _cpu_name() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or "CPU"

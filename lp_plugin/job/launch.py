@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
 import re
+import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 import uuid
@@ -26,6 +29,10 @@ EXIT_ERROR = 2
 """A deliberate error, already printed."""
 EXIT_LOST_PEER = 75
 """Another rank died; this one has nothing to say about it."""
+_HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+"""By torchrun's library while it runs processes."""
+_MOST_PROCESSES_PER_CORE = 16
+"""Without GPUs; each takes half a gigabyte before it has done anything."""
 _PEER_FIRST_SECONDS = 1.0
 """Before a rank ends because another has: the launcher, which looks every 0.1 seconds, must see that one first."""
 _PEER_GONE = ("connection closed", "connection reset", "socket", "gloo", "nccl", "broken pipe", "timed out")
@@ -132,7 +139,13 @@ def launch_local(num_processes: int, entry: Callable[..., Any], *arguments: Any)
     Raises:
         SystemExit: With code 2 if a rank ended with a deliberate error, which it has printed.
         RankFailedError: If a rank died otherwise; names it.
+        RuntimeEnvironmentError: If there are more processes without GPUs than the host's cores could serve.
     """
+    most = _MOST_PROCESSES_PER_CORE * (os.cpu_count() or 1)
+    if num_processes > most and not torch.cuda.device_count():
+        raise RuntimeEnvironmentError(
+            f"{num_processes} processes are too many for the {os.cpu_count()} cores of this host; take at most {most}."
+        )
     from torch.distributed.elastic.multiprocessing.api import SignalException  # noqa: PLC0415
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError  # noqa: PLC0415
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch  # noqa: PLC0415
@@ -152,12 +165,30 @@ def launch_local(num_processes: int, entry: Callable[..., Any], *arguments: Any)
         monitor_interval=0.1,
         start_method="spawn",
     )
+    is_main = threading.current_thread() is threading.main_thread()  # which alone has handlers
+    handlers = {number: signal.getsignal(number) for number in _HANDLED if is_main}
     try:
-        return elastic_launch(config, run_and_report)(entry, *arguments)[0]
+        return elastic_launch(config, run_child)(entry, *arguments)[0]
     except ChildFailedError as error:
         raise _explained(error) from None
     except SignalException:  # the launcher has stopped its processes
         raise KeyboardInterrupt from None
+    finally:
+        for number, handler in handlers.items():  # the launcher's own would raise its SignalException ever after
+            signal.signal(number, handler)
+
+
+def run_child(entry: Callable[..., Any], *arguments: Any) -> Any:
+    """Runs one rank in a process of ours, which ends with its parent, even if that is killed."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    return run_and_report(entry, *arguments)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(EXIT_LOST_PEER)
 
 
 def run_and_report(entry: Callable[..., Any], *arguments: Any) -> Any:

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lp_plugin.errors import InvalidInputError, WorkloadError
-from lp_plugin.files import check_target, write_atomically
+from lp_plugin.files import check_folder, check_target, write_atomically
 from lp_plugin.generate.static_layers import last_logits, on_static_caches, replayed
 from lp_plugin.hardware import Cluster
 from lp_plugin.integrations.transformers.layer_times import time_model_layers
@@ -72,6 +72,7 @@ def profile_model(
     if output is not None:
         _check_output(output)
     whole = ModelProfile.from_config(model, dtype=dtype, granularity=granularity)
+    _check_asked(whole, sequence, stages)
     asked = _Asked(
         profile=whole.sharded(tensor_parallel) if tensor_parallel > 1 else whole,
         cluster=_cluster(cluster, (stages or 1) * tensor_parallel).grouped(tensor_parallel),
@@ -202,13 +203,24 @@ def _cluster(spec: str | None, count: int) -> Cluster:
     return cluster.subset(count)
 
 
+def _check_asked(profile: ModelProfile, sequence: int, stages: int | None) -> None:
+    most = profile.max_positions
+    if most is not None and sequence > most:
+        raise WorkloadError(
+            f"--sequence is {sequence}, but the model allows {most} positions (max_position_embeddings); lower it."
+        )
+    if stages is not None and stages > profile.num_layers:
+        raise WorkloadError(f"--stages is {stages}; {profile.name} has {profile.num_layers} layers, give at most that.")
+
+
 def _check_output(output: Path) -> None:
-    try:
-        check_target(output)
-    except OSError as error:
-        raise InvalidInputError(f"the times can't be written to {output}: {error}.") from None
     if not output.resolve().parent.is_dir():
         raise InvalidInputError(f"the times can't be written to {output}: its folder does not exist; make it.")
+    try:
+        check_target(output)
+        check_folder(output.resolve().parent)
+    except OSError as error:
+        raise InvalidInputError(f"the times can't be written to {output}: {error}.") from None
 
 
 @contextlib.contextmanager

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
+import platform
+from pathlib import Path
 
 import torch
 
@@ -11,7 +14,7 @@ from lp_plugin.errors import HardwareError
 from lp_plugin.hardware.catalogue import catalogue, load_device
 from lp_plugin.hardware.device import Device
 
-__all__ = ["catalogue_name", "detect_device"]
+__all__ = ["catalogue_name", "detect_device", "device_name"]
 
 _NAMES = {
     "H100 PCIe": "h100-pcie",
@@ -26,6 +29,17 @@ _NAMES = {
     "A100-PCIE-40GB": "a100-40g",
 }
 """Part of the driver's name for a device -> its entry in the catalogue; the first that matches counts."""
+
+
+def device_name() -> str:
+    """What the driver calls this process's GPU; without one, what the system calls the CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or "CPU"
 
 
 def catalogue_name(driver_name: str) -> str | None:

@@ -157,7 +157,7 @@ def test_the_report_and_its_renewal(folder: Path, main: Main) -> None:
         (["bad.toml"], "trials = 'x'", "trials is 'x'"),
         (["bad.toml", "--table", "speed"], TINY, "--table 'speed' is unknown; give of: performance, time-split"),
         (["bad.toml"], TINY.replace('title = "Tiny"', 'calibration = "no.toml"'), "no.toml"),
-        (["bad.toml", "-o", "bad.toml"], TINY, "folder bad.toml can't be made"),
+        (["bad.toml", "-o", "bad.toml"], TINY, "folder bad.toml can't be written"),
         (["report", "."], None, "results.json can't be read"),
         (["planer"], None, "Did you mean 'planner'"),
     ],
@@ -258,9 +258,15 @@ def test_nothing_at_all_that_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("lp_plugin.job.launch.launch_local", Processes({None: KILLED}))
     (tmp_path / "tiny.toml").write_text(TINY, encoding="utf-8")
     with pytest.raises(RuntimeEnvironmentError, match=r"nothing ran; the first reason: rank 1 was killed"):
-        run_experiment(console(), tmp_path / "tiny.toml", folder=tmp_path / "out", tables=("performance",))
+        experiment = read_experiment(tmp_path / "tiny.toml")
+        run_experiment(console(), experiment, folder=tmp_path / "out", tables=("performance",))
     assert [bool(case.reason) for case in load_results(tmp_path / "out" / "results.json").cases] == [True] * 3
     assert (tmp_path / "out" / "report.html").exists()
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "examples" / "bench").glob("*.toml")), ids=lambda file: file.stem)
+def test_examples_are_understood(file: Path) -> None:
+    assert read_experiment(file).cases
 
 
 def test_the_example_for_cpus() -> None:
@@ -302,4 +308,7 @@ def test_results_that_differ_by_more_than_rounding() -> None:
     tokens = np.array([[1, 2], [3, 4]])
     assert not differs(tokens, tokens, "float32")
     assert "50% of first tokens" in differs(tokens, np.array([[1, 2], [4, 4]]), "float32")
+    assert "50% of second tokens" in differs(tokens, np.array([[1, 2], [3, 5]]), "float32")
+    assert not differs(tokens, np.array([[1, 2], [4, 5]]), "float16")  # the second row went astray before
+    assert "0% of second tokens" in differs(tokens, np.array([[1, 3], [4, 4]]), "float16")
     assert turn_order(3, 3) == [0, 1, 2, 2, 1, 0, 0, 1, 2]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -198,3 +199,30 @@ run_and_report(entry)
     assert ended.returncode == 75
     assert ("error (rank 3): lost the connection to another rank" in ended.stderr) == (not others)
     assert len(ended.stderr.splitlines()) == 1 - others
+
+
+ORPHAN = """
+import multiprocessing, os, time
+from lp_plugin.job.launch import run_child
+
+if __name__ == "__main__":
+    child = multiprocessing.get_context("spawn").Process(target=run_child, args=(time.sleep, 1000))
+    child.start()
+    print(child.pid, flush=True)
+    os.kill(os.getpid(), 9)
+"""
+
+
+def test_ranks_end_with_a_parent_that_was_killed(tmp_path: Path) -> None:
+    script = tmp_path / "orphan.py"
+    script.write_text(ORPHAN, encoding="utf-8")
+    # the child holds the pipe, too: output ends when both have ended
+    done = subprocess.run([sys.executable, script], stdout=subprocess.PIPE, timeout=200, check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert done.stdout
+
+
+def test_more_processes_than_cores_can_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch.torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(RuntimeEnvironmentError, match=r"100000 processes are too many .* take at most"):
+        launch.launch_local(100_000, print)

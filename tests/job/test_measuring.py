@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,9 @@ def test_a_calibration_is_a_cluster_to_plan_for(
     for name, value in (environment | launched).items():
         monkeypatch.setenv(name, value)
     path, picture = tmp_path / "mine.toml", tmp_path / "mine.png"
+    before = signal.getsignal(signal.SIGINT)
     calibrate_host(console(), output=path, processes=2, picture=picture)
+    assert signal.getsignal(signal.SIGINT) is before
     printed = capfd.readouterr().out
     for part in ("measuring matrix products ...", "working set", "all-reduce over 2", "a tiny layer", "link: "):
         assert part in printed
@@ -60,7 +63,11 @@ def test_decode_steps_for_a_described_cluster(main: Main) -> None:
         (("calibrate", "-o", "mine.json"), "give a name that ends in .toml"),
         (("calibrate", "-o", "nowhere/mine.toml"), "in a folder that exists"),
         (("calibrate", "-o", "mine.toml", "--picture", "mine.txt"), "give a name that ends in .png"),
+        (("calibrate", "-o", "/proc/mine.toml"), "can't be written to /proc/mine.toml"),
+        (("calibrate", "-o", "mine.toml", "--processes", 10**5), "processes are too many"),
         (("profile", "nowhere", "--sequence", 8), "nowhere"),
+        (("profile", SMALL, "--sequence", 4000), "--sequence is 4000, but the model allows 2048 positions"),
+        (("profile", SMALL, "--sequence", 8, "--stages", 400), "--stages is 400; small has 19 layers"),
         (("profile", SMALL, "--sequence", 0), "sequence is 0"),
         (("profile", SMALL, "--sequence", 8, "-o", "nowhere/times.json"), "its folder does not exist"),
         (("profile", SMALL, "--sequence", 8, "--tensor-parallel", 3), "3"),

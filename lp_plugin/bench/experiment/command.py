@@ -15,12 +15,11 @@ import torch
 from rich.console import Console
 
 from lp_plugin.bench.experiment.job import CaseJob, empty_result, run_case, write_model
-from lp_plugin.bench.experiment.output import RESULTS, chosen_tables, made_folder, report
-from lp_plugin.bench.experiment.results import CaseResult, Results, save_results
+from lp_plugin.bench.experiment.output import RESULTS, keep, made_folder, report
+from lp_plugin.bench.experiment.results import CaseResult, Results
 from lp_plugin.bench.experiment.scale_out import needed_times, simulate_scale_out
-from lp_plugin.bench.experiment.settings import Case, Experiment, read_experiment
+from lp_plugin.bench.experiment.settings import Case, Experiment
 from lp_plugin.errors import RuntimeEnvironmentError
-from lp_plugin.hardware import Cluster
 from lp_plugin.job.launch import join_launcher, prepare_environment
 from lp_plugin.measure.counters import CountedStage, count_stage
 
@@ -30,23 +29,19 @@ _FROM_RUN = ("counted_bytes", "predicted_hit_fraction", "nvlink_bytes", "nvlink_
 """Fields of counters that the case's own processes have filled in."""
 
 
-def run_experiment(console: Console, file: Path, *, folder: Path | None, tables: Sequence[str]) -> None:
-    """Measures what a file asks for and writes the report.
+def run_experiment(console: Console, experiment: Experiment, *, folder: Path | None, tables: Sequence[str]) -> None:
+    """Measures what an experiment asks for and writes the report.
 
     Args:
         console: For progress lines and tables.
-        file: TOML; see `read_experiment`.
+        experiment: As `checked_experiment` gives it.
         folder: Where results and report go; ``bench-NAME`` if left out.
-        tables: Only these, and only what they need is measured; all if there are none.
+        tables: Only these, and only what they need is measured; as `chosen_tables` gives them.
 
     Raises:
-        InvalidInputError: If file, folder or a table's name is wrong; before anything runs.
+        InvalidInputError: If the folder can't be written, before anything runs or later.
         RuntimeEnvironmentError: If a launcher has started this; or if nothing at all ran, once that is written down.
     """
-    chosen = chosen_tables(tables)
-    experiment = read_experiment(file)
-    if experiment.calibration is not None:
-        Cluster.from_toml(experiment.calibration)
     if join_launcher():
         raise RuntimeEnvironmentError("the benchmark starts its own processes; run it without torchrun or srun.")
     folder = made_folder(folder or Path(f"bench-{experiment.name}"))
@@ -61,16 +56,17 @@ def run_experiment(console: Console, file: Path, *, folder: Path | None, tables:
     start = time.time()
     try:
         for case in experiment.cases:
-            found = _run(console, experiment, case, frozenset(chosen), start)
+            found = _run(console, experiment, case, frozenset(tables), start)
             results = dataclasses.replace(results, cases=(*results.cases, found))
-            save_results(results, folder / RESULTS)
+            keep(results, folder)
     except KeyboardInterrupt:  # typer would end without a word
-        print(f"interrupted; finished cases are in {folder / RESULTS}", file=sys.stderr)  # noqa: T201
+        kept = f"finished cases are in {folder / RESULTS}, lp-plugin bench report {folder} makes their report"
+        print(f"interrupted; {kept if results.cases else 'no case is finished'}", file=sys.stderr)  # noqa: T201
         raise SystemExit(130) from None
-    if "scaling" in chosen:
+    if "scaling" in tables:
         results = dataclasses.replace(results, simulated=simulate_scale_out(experiment, results.cases))
-        save_results(results, folder / RESULTS)
-    report(console, results, folder, chosen)
+        keep(results, folder)
+    report(console, results, folder, tables)
     reasons = [_nothing_ran(case) for case in results.cases]
     if all(reasons):
         raise RuntimeEnvironmentError(f"nothing ran; the first reason: {reasons[0]}.")

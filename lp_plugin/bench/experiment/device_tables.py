@@ -158,7 +158,12 @@ def counted_dram_bytes(row: Row) -> float | None:
 
 
 def link_share(row: Row, links: Links) -> float | None:
-    """The busiest stage's bytes over NVLink per second of a trial, over the fastest message's rate."""
+    """The busiest stage's bytes over NVLink per second of a trial, over the fastest message's rate.
+
+    None if they were not counted, and of decoding, whose seconds leave out the prompts that bytes were counted with.
+    """
+    if row.token_seconds:
+        return None
     best = max(
         (size / seconds for size, seconds in zip(links.send_bytes, links.send_seconds, strict=True)), default=0.0
     )

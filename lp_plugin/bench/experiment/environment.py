@@ -13,13 +13,14 @@ import torch
 from torch import distributed
 
 from lp_plugin.bench.experiment.results import Environment
+from lp_plugin.measure.device import device_name
 
 __all__ = ["describe_environment", "device_name"]
 
 _PACKAGES = ("torch", "deepspeed", "transformers", "triton", "lp_plugin")
 _VARIABLES = ("OMP_NUM_THREADS", "CUDA_DEVICE_MAX_CONNECTIONS", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 _PREFIXES = ("NCCL_", "TORCH_NCCL_", "GLOO_")
-_HIDDEN = ("SOCKET_IFNAME", "FILE", "DIR", "ADDR")
+_HIDDEN = ("SOCKET_IFNAME", "FILE", "DIR", "ADDR", "HOSTID", "COMM_ID")
 """Parts of names of variables whose values tell of a host."""
 
 
@@ -48,17 +49,6 @@ def describe_environment(devices: Sequence[str]) -> Environment:
         versions=versions,
         variables={name: value for name, value in sorted(os.environ.items()) if _matters(name)},
     )
-
-
-def device_name() -> str:
-    """Of this rank: the GPU's name, or the CPU's."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or "CPU"
 
 
 def _driver() -> str:

@@ -13,7 +13,8 @@ from lp_plugin.bench.experiment.contender import Contender, Trial, timed
 from lp_plugin.bench.experiment.engines import Built
 from lp_plugin.bench.experiment.settings import Case, Configuration
 from lp_plugin.integrations.deepspeed import forward
-from lp_plugin.integrations.deepspeed.engine import stage_alone_seconds
+from lp_plugin.integrations.deepspeed.forward.capture import pass_seconds
+from lp_plugin.integrations.deepspeed.forward.whole_rows import whole_rows
 
 __all__ = ["Prefill", "StockPrefill"]
 
@@ -73,7 +74,10 @@ class Prefill(Contender):
 
 
 class StockPrefill(Contender):
-    """Whole sequences through DeepSpeed's own ``eval_batch``."""
+    """Whole sequences through DeepSpeed's own ``eval_batch``, always of one shape; as for ours no pass asks the device.
+
+    What is left of the difference is DeepSpeed's schedule, and transformers' own kernels, launched one by one.
+    """
 
     def __init__(self, case: Case, configuration: Configuration, built: Built) -> None:
         super().__init__(case, configuration, built)
@@ -102,8 +106,11 @@ class StockPrefill(Contender):
         group = None
         if self.configuration.strategy.tensor_parallel > 1:
             group = self.engine.grid.get_slice_parallel_group()
-        warm_up = 1.0 if torch.cuda.is_available() else 0.0
-        return stage_alone_seconds(self._whole_stage(), self._stage_input(), warm_up_seconds=warm_up, group=group)
+        stage, inputs = self._whole_stage(), self._stage_input()
+        with whole_rows():
+            return pass_seconds(
+                lambda: stage(inputs), self.device, pool=None, replayed=False, warm_up_seconds=1.0, group=group
+            )
 
     def release(self) -> None:
         """See `Contender.release`."""
@@ -118,14 +125,13 @@ class StockPrefill(Contender):
         engine.total_loss = None  # eval_batch would go on adding to it
         if engine.grid.pipe_parallel_size > 1:
             p2p.init_process_groups(engine.grid)  # another engine of this process has set its own neighbours
-        engine.reset_activation_shape()
-        engine.set_train_micro_batch_size(self.rows)
         ends = engine.is_first_stage() or engine.is_last_stage()
-        outputs = engine.eval_batch(
-            iter([(each, each) for each in inputs] if ends else []),
-            compute_loss=True,
-            reduce_output=None,
-            bcast_loss=False,
-            num_micro_batches=len(inputs),
-        )
+        with whole_rows():  # else the host waits for the device in every pass
+            outputs = engine.eval_batch(
+                iter([(each, each) for each in inputs] if ends else []),
+                compute_loss=True,
+                reduce_output=None,
+                bcast_loss=False,
+                num_micro_batches=len(inputs),
+            )
         return outputs[0] if engine.is_last_stage() else None

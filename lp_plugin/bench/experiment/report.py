@@ -47,7 +47,7 @@ from lp_plugin.bench.experiment.wording import change_text, file_names, in_one_l
 from lp_plugin.errors import InvalidInputError
 from lp_plugin.files import write_atomically
 
-__all__ = ["TABLES", "print_tables", "write_report"]
+__all__ = ["TABLES", "chosen_tables", "print_tables", "write_report"]
 
 TABLES = ("performance", "time-split", "memory-access", "footprint", "consistency", "scaling")
 """What can be asked for, in the order of the report."""
@@ -70,7 +70,7 @@ def write_report(results: Results, folder: str | Path, tables: Sequence[str] = (
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        blocks = _blocks(results, _chosen(tables), folder)
+        blocks = _blocks(results, chosen_tables(tables), folder)
         written = (folder / "report.md", folder / "report.html")
         write_atomically(written[0], as_markdown(results.title, blocks))
         write_atomically(written[1], as_html(results.title, blocks, folder))
@@ -90,16 +90,21 @@ def print_tables(console: Console, results: Results, tables: Sequence[str] = ())
     Raises:
         InvalidInputError: If a table is unknown.
     """
-    for heading, figures in tables_of(_sections(results, _chosen(tables), None)):
+    for heading, figures in tables_of(_sections(results, chosen_tables(tables), None)):
         console.print(figures_table(figures, heading))
     for sentence in _findings(results):
         console.print(sentence, markup=False, highlight=False)
 
 
-def _chosen(tables: Sequence[str]) -> tuple[str, ...]:
+def chosen_tables(tables: Sequence[str]) -> tuple[str, ...]:
+    """The tables that were asked for, all if none were, in the order of the report.
+
+    Raises:
+        InvalidInputError: If a name is unknown.
+    """
     unknown = [name for name in tables if name not in TABLES]
     if unknown:
-        raise InvalidInputError(f"table {unknown[0]!r} is unknown; give of: {', '.join(TABLES)}.")
+        raise InvalidInputError(f"--table {unknown[0]!r} is unknown; give of: {', '.join(TABLES)}.")
     return tuple(name for name in TABLES if name in tables or not tables)
 
 
@@ -142,6 +147,8 @@ def _findings(results: Results) -> list[str]:
 def _finding(case: CaseResult) -> str:
     baseline, proposed = baseline_row(case), proposed_row(case)
     ran = [row for row in case.rows if row.seconds and not row.reason and not is_control(case, row)]
+    if not ran and not case.reason and not any(row.reason for row in case.rows):
+        return ""  # no table that was asked for needs trials
     if not ran:
         return f"{case.name}: nothing ran. {in_one_line(case.reason)}".strip()
     best = min(ran, key=lambda row: row.median_seconds)
