@@ -66,7 +66,6 @@ def test_what_no_configuration_could_run_is_told_with_its_place(
     ("scale_out", "told"),
     [
         ({"cluster": "abacus"}, "device 'abacus' is not in the catalogue"),
-        ({"devices": [8, 10**6]}, "1000000"),
         ({"micro_batch": 9}, "micro_batch is 9, more than the batch of 8"),
     ],
 )

@@ -15,7 +15,7 @@ from timed_cases import FOUR, LINKS, a_case, of_stages, some_times, the_timed
 from lp_plugin import Cluster, Workload
 from lp_plugin.bench.experiment.choose import boundaries_of
 from lp_plugin.bench.experiment.costs import counted_profile, pick_times
-from lp_plugin.bench.experiment.messages import Messages
+from lp_plugin.bench.experiment.message_costs import Messages
 from lp_plugin.bench.experiment.predict import flops_and_traffic, link_bytes, memory, predictions
 from lp_plugin.bench.experiment.settings import Configuration
 from lp_plugin.errors import InfeasibleError, WorkloadError

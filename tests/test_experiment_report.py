@@ -15,9 +15,9 @@ from rich.console import Console
 from lp_plugin.bench.experiment.document import Figures, Section, figures_table
 from lp_plugin.bench.experiment.html import as_html
 from lp_plugin.bench.experiment.markdown import as_markdown
-from lp_plugin.bench.experiment.perfetto import trace_of
 from lp_plugin.bench.experiment.report import TABLES, print_tables, write_report
 from lp_plugin.bench.experiment.results import Results, Row
+from lp_plugin.bench.experiment.timelines import trace_of
 from lp_plugin.bench.experiment.wording import file_names
 from lp_plugin.errors import InvalidInputError
 from lp_plugin.report import as_text

@@ -10,7 +10,7 @@ from oracles import simulate_overlapped
 from timed_cases import FOUR, LINKS, a_case, of_stages, some_times, the_timed
 
 from lp_plugin.bench.experiment.costs import pick_times
-from lp_plugin.bench.experiment.messages import Messages
+from lp_plugin.bench.experiment.message_costs import Messages
 from lp_plugin.bench.experiment.results import CaseResult, Environment
 from lp_plugin.bench.experiment.scale_out import needed_times, simulate_scale_out
 from lp_plugin.bench.experiment.settings import Case, Configuration, Experiment, ScaleOut

@@ -64,6 +64,9 @@ def test_decode_counts_all_tokens_but_the_first(tmp_path: Path) -> None:
         ({}, {"model": None}, 'no model; add model = "DIRECTORY or config.json"'),
         ({"configurations": []}, {}, "configurations is []"),
         ({"configurations": ["pp=4", "pp=4"]}, {}, "'pp=4' comes twice"),
+        ({"configurations": ["pp=4", "pp=4 cache-aware"]}, {}, "'pp=4 cache-aware' is the same as 'pp=4'"),
+        ({"configurations": ["pp=4 fast"]}, {}, "case one: configuration 'pp=4 fast': 'fast' is not understood"),
+        ({"configurations": ["1 pp=4"]}, {}, "'1' is not understood"),
         ({"configurations": ["pp=3"]}, {}, "takes 3 devices, but the case has 4 processes"),
         ({"configurations": ["dp=4"], "batch": 3}, {}, "4 replicas for a batch of 3"),
         ({"baseline": "tp=4"}, {}, "it must be one of: tp=2 pp=2, pp=4"),
@@ -104,5 +107,5 @@ def test_configurations_are_understood_or_refused(text: str) -> None:
         found = Configuration.parse(text)
     except WorkloadError:
         return
-    assert found.name == text
+    assert found.name == " ".join(text.split())
     assert Configuration.parse(f"  {text}  ").strategy == found.strategy

@@ -257,8 +257,8 @@ def test_a_case_that_fails_by_itself(
 def test_nothing_at_all_that_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lp_plugin.job.launch.launch_local", Processes({None: KILLED}))
     (tmp_path / "tiny.toml").write_text(TINY, encoding="utf-8")
+    experiment = read_experiment(tmp_path / "tiny.toml")
     with pytest.raises(RuntimeEnvironmentError, match=r"nothing ran; the first reason: rank 1 was killed"):
-        experiment = read_experiment(tmp_path / "tiny.toml")
         run_experiment(console(), experiment, folder=tmp_path / "out", tables=("performance",))
     assert [bool(case.reason) for case in load_results(tmp_path / "out" / "results.json").cases] == [True] * 3
     assert (tmp_path / "out" / "report.html").exists()

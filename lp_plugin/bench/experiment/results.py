@@ -14,6 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 from lp_plugin.errors import InvalidInputError
 from lp_plugin.files import read_text, write_atomically
 from lp_plugin.measured import Counters, LayerTimes, Links, Memory, TimeSplit
+from lp_plugin.quantity import shown
 
 __all__ = [
     "CaseResult",
@@ -207,6 +208,7 @@ class Results:
 
 
 _RESULTS = TypeAdapter(Results)
+_VERSION = TypeAdapter(dict[str, Any])
 
 
 def save_results(results: Results, path: str | Path) -> None:
@@ -221,15 +223,17 @@ def load_results(path: str | Path) -> Results:
         InvalidInputError: If the file is missing, truncated, or no results; names the first problem.
     """
     try:
-        results = _RESULTS.validate_json(read_text(Path(path), _MOST_BYTES, "it can't be a results file"))
+        text = read_text(Path(path), _MOST_BYTES, "it can't be a results file")
+        version = _VERSION.validate_json(text).get("schema_version")
+        if version == SCHEMA_VERSION:
+            return _RESULTS.validate_json(text)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
         place = ".".join(str(part) for part in first["loc"])
         raise InvalidInputError(f"results file {path}: {place or 'the file'}: {first['msg']}.") from error
     except (OSError, ValueError) as error:
         raise InvalidInputError(f"results file {path} can't be read: {error}.") from error
-    if results.schema_version != SCHEMA_VERSION:
-        raise InvalidInputError(
-            f"results file {path} has schema {results.schema_version}; this version reads {SCHEMA_VERSION}."
-        )
-    return results
+    raise InvalidInputError(
+        f"results file {path} has schema {shown(version)}; this version reads {SCHEMA_VERSION}. Run the benchmark "
+        "again, or take the version that made it."
+    )

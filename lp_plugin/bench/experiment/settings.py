@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from lp_plugin.errors import WorkloadError
+from lp_plugin.errors import InvalidInputError, WorkloadError
 from lp_plugin.files import read_text
 from lp_plugin.model import ModelProfile
 from lp_plugin.model.architecture import read_config
@@ -60,7 +60,7 @@ class Configuration:
         """
         counts: dict[str, int] = {}
         chosen: dict[str, Any] = {}
-        for word in text.split():
+        for place, word in enumerate(text.split()):
             match = re.fullmatch(r"(dp|tp|pp)=([1-9]\d{0,4})", word)
             if match and _COUNTS[match[1]] not in counts:
                 counts[_COUNTS[match[1]]] = int(match[2])
@@ -68,12 +68,14 @@ class Configuration:
                 chosen["partition"] = word
             elif word in get_args(Execution) and "execution" not in chosen:
                 chosen["execution"] = word
-            elif word != "1" or counts:
+            elif word == "1" and "1" not in text.split()[:place] and "=" not in text:
+                continue
+            else:
                 known = "dp=N, tp=N, pp=N, 1, " + ", ".join((*get_args(Partition), *get_args(Execution)))
                 raise WorkloadError(f"configuration {shown(text)}: {shown(word)} is not understood; write of: {known}.")
         if not text.split():
             raise WorkloadError('a configuration is empty; write for example "pp=2", or "1" for one device.')
-        return cls(name=text, strategy=Strategy(**counts), **chosen)
+        return cls(name=" ".join(text.split()), strategy=Strategy(**counts), **chosen)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -189,10 +191,6 @@ _Count = Annotated[int, Field(ge=1, le=10**9)]
 _Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._ -]{0,79}$")]
 
 
-def _tuple(value: object) -> object:
-    return tuple(value) if isinstance(value, list) else value
-
-
 class _CaseTable(_Table):
     name: _Name
     model: str | None = None
@@ -211,7 +209,7 @@ class _CaseTable(_Table):
 
 class _ScaleOutTable(_Table):
     case: str
-    devices: Annotated[tuple[_Count, ...], BeforeValidator(_tuple), Field(min_length=1, max_length=64)]
+    devices: Annotated[list[Annotated[int, Field(ge=1, le=4096)]], Field(min_length=1, max_length=64)]
     cluster: str
     batch: _Count
     micro_batch: _Count = 1
@@ -253,7 +251,7 @@ def read_experiment(path: str | Path) -> Experiment:
         trials=file.trials,
         calibration=None if file.calibration is None else path.parent / file.calibration,
         cases=cases,
-        scale_out=tuple(ScaleOut(**table.model_dump()) for table in file.scale_out),
+        scale_out=tuple(ScaleOut(**table.model_dump() | {"devices": tuple(table.devices)}) for table in file.scale_out),
     )
 
 
@@ -262,8 +260,16 @@ def _case(file: _File, table: _CaseTable, path: Path) -> Case:
     if model is None:
         raise WorkloadError(f'{path}: case {table.name}: no model; add model = "DIRECTORY or config.json".')
     config = dict(read_config(path.parent / model)) | table.changes
-    configurations = tuple(Configuration.parse(text) for text in table.configurations)
+    try:
+        configurations = tuple(Configuration.parse(text) for text in table.configurations)
+    except WorkloadError as error:
+        raise WorkloadError(f"{path}: case {table.name}: {error}") from error
     _check_unique(path, f"case {table.name}: configuration", [each.name for each in configurations])
+    meant = [str((each.strategy, each.partition, each.execution)) for each in configurations]
+    for number, each in enumerate(configurations):
+        if meant[number] in meant[:number]:
+            twin = configurations[meant.index(meant[number])].name
+            raise WorkloadError(f"{path}: case {table.name}: {each.name!r} is the same as {twin!r}; leave one out.")
     if (table.phase == "decode") != (table.new_tokens > 1):
         bound = "at least 2 when decoding, and left out for prefill"
         raise WorkloadError(f"{path}: case {table.name}: new_tokens is {table.new_tokens}; it must be {bound}.")
@@ -287,7 +293,10 @@ def _case(file: _File, table: _CaseTable, path: Path) -> Case:
         baseline=baseline,
         counters=table.counters,
     )
-    case.profile()
+    try:
+        case.profile()
+    except InvalidInputError as error:
+        raise type(error)(f"{path}: case {table.name}: {error}") from error
     return case
 
 

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 from made_up_results import CONFIG
 
-from lp_plugin.bench.experiment.figures import (
+from lp_plugin.bench.experiment.derived import (
     baseline_row,
     bubble_limit,
     control_row,
