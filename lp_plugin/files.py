@@ -6,7 +6,9 @@ import os
 import tempfile
 from pathlib import Path
 
-__all__ = ["check_folder", "check_target", "read_text", "write_atomically"]
+from lp_plugin.errors import InvalidInputError
+
+__all__ = ["check_folder", "check_output", "check_target", "read_text", "write_atomically"]
 
 
 def read_text(path: Path, most_bytes: int, remedy: str) -> str:
@@ -48,6 +50,26 @@ def check_folder(folder: Path) -> None:
     """
     with tempfile.TemporaryFile(dir=folder):
         return
+
+
+def check_output(path: Path, what: str) -> None:
+    """Refuses a place for results before the work for them is done.
+
+    Args:
+        path: The file.
+        what: Will be written there, for the message.
+
+    Raises:
+        InvalidInputError: If it is no regular file, or its folder is missing or can't be written.
+    """
+    folder = path.resolve().parent
+    if not folder.is_dir():
+        raise InvalidInputError(f"{what} can't be written to {path}: its folder does not exist; make it.")
+    try:
+        check_target(path)
+        check_folder(folder)
+    except OSError as error:
+        raise InvalidInputError(f"{what} can't be written to {path}: {error}.") from None
 
 
 def write_atomically(path: Path, text: str) -> None:

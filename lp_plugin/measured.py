@@ -37,6 +37,8 @@ class LayerTimes:
     """Host seconds to launch one pass of a block eagerly; 0 where launches do not run ahead (CPU)."""
     pass_seconds: float = 0.0
     """What a pass of a stage takes besides its layers, once, however many it has: masks, rotary tables, launching."""
+    spread: float = 0.0
+    """Of repeats of one stage's passes, between the quartiles, over the median: the largest."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +50,7 @@ class Links:
     send_seconds: tuple[float, ...] = ()
     """Median of each."""
     reduce_bytes: tuple[int, ...] = ()
-    """Sizes all-reduced over all ranks."""
+    """Sizes all-reduced over ``ranks`` ranks."""
     reduce_seconds: tuple[float, ...] = ()
     """Median of each."""
     ranks: int = 1
@@ -57,6 +59,8 @@ class Links:
     """As ``send_seconds``, inside CUDA graphs, where launching costs nothing; empty on CPUs."""
     replayed_reduce_seconds: tuple[float, ...] = ()
     """As ``reduce_seconds``, inside CUDA graphs; empty on CPUs."""
+    spread: float = 0.0
+    """Of repeats of one message, between the quartiles, over the median: the largest, of those outside of graphs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

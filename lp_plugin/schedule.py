@@ -8,7 +8,6 @@ a machine of its own between two stages.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,7 +21,6 @@ __all__ = [
     "forward_timeline",
     "makespan_seconds",
     "overlapped_seconds",
-    "overlapped_timeline",
     "ring_seconds",
 ]
 
@@ -113,28 +111,6 @@ def forward_timeline(stage_seconds: Sequence[float], num_micro_batches: int) -> 
             free = ready[micro_batch] = start + seconds
             intervals.append(Interval(stage=stage, micro_batch=micro_batch, start_seconds=start, stop_seconds=free))
     return intervals
-
-
-def overlapped_timeline(
-    stage_seconds: Sequence[float], hop_seconds: Sequence[float], num_micro_batches: int
-) -> list[Interval]:
-    """When each stage computes and sends each micro-batch as in `overlapped_seconds`, earliest possible.
-
-    Args:
-        stage_seconds: Seconds of each stage for one micro-batch.
-        hop_seconds: Seconds of each boundary's transfer, one fewer than stages.
-        num_micro_batches: Micro-batches that every stage works on.
-
-    Returns:
-        In order of stage, first its compute, then its transfers (``send``), each in order of micro-batch.
-
-    Raises:
-        WorkloadError: If the numbers of hops and stages don't match.
-    """
-    return [
-        dataclasses.replace(interval, stage=interval.stage // 2, kind="send" if interval.stage % 2 else "forward")
-        for interval in forward_timeline(_chain(stage_seconds, hop_seconds), num_micro_batches)
-    ]
 
 
 def _chain(stage_seconds: Sequence[float], hop_seconds: Sequence[float]) -> list[float]:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from dense16 import DENSE16
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
+from lp_plugin.bench.experiment import counted_stage
 from lp_plugin.bench.experiment.counted_stage import run_passes
-from lp_plugin.measure.counters import PASSES, CountedStage, count_stage
+from lp_plugin.measure.counters import CountedStage, count_stage
 from lp_plugin.measure.nvlink import count_nvlink
 from lp_plugin.measured import Counters
 
@@ -25,7 +30,10 @@ CONFIG = json.loads((DENSE16 / "small" / "config.json").read_text()) | {
     "num_attention_heads": 4,
     "num_key_value_heads": 4,
 }
-SPEC = CountedStage(config=CONFIG, dtype="float32", start=1, stop=3, rows=2, tokens=3)
+SPEC = CountedStage(config=CONFIG, dtype="float32", start=1, stop=3, rows=2, tokens=3, execution="eager")
+MODULE = counted_stage.__name__
+PER_BLOCK = 6
+"""Products with weights: queries, keys, values, what attention gives, up, down."""
 
 HEADER = (
     '"ID","Process ID","Process Name","Host Name","Kernel Name","Context","Stream","Block Size","Grid Size","Device",'
@@ -43,6 +51,7 @@ PRINTED = "\n".join(
     [
         "==PROF== Connected to process 812 (/usr/bin/python3.12)",
         "something that the stage printed, with a comma",
+        "counted passes: 8",
         '==PROF== Profiling "kernel": Application replay pass 1',
         HEADER,
         row(0, "dram__bytes_read.sum", "25,165,824"),
@@ -77,15 +86,15 @@ def say(ncu: Path, text: str, end: str = "") -> None:
 
 def test_kernels_are_summed_and_shared_out_among_passes(ncu: Path) -> None:
     say(ncu, PRINTED)
-    assert count_stage(SPEC, stage=3) == Counters(
+    assert count_stage(SPEC, MODULE, stage=3) == Counters(
         stage=3,
         l2_read_hit_fraction=0.5,
-        dram_read_bytes=25_165_824 / PASSES,
-        dram_write_bytes=1_024.5 / PASSES,
+        dram_read_bytes=25_165_824 / 8,
+        dram_write_bytes=1_024.5 / 8,
     )
     called = Path(f"{ncu}.called").read_text()
     assert "--clock-control none --cache-control none --replay-mode application" in called
-    assert f"{sys.executable} -m lp_plugin.bench.experiment.counted_stage" in called
+    assert f"{sys.executable} -m {MODULE} " in called
     assert CountedStage(**json.loads(Path(f"{ncu}.stage").read_text())) == SPEC
 
 
@@ -97,19 +106,20 @@ def test_kernels_are_summed_and_shared_out_among_passes(ncu: Path) -> None:
         ("==PROF== x\ntorch.OutOfMemoryError: CUDA out of memory.", "torch.OutOfMemoryError: CUDA out of memory"),
         (HEADER, "ncu gave no dram__bytes_read.sum"),
         ("", "ncu gave no dram__bytes_read.sum"),
+        (PRINTED.replace("counted passes: 8", ""), "ncu gave no counted passes"),
     ],
-    ids=["permission", "library", "memory", "no kernel", "nothing"],
+    ids=["permission", "library", "memory", "no kernel", "nothing", "passes"],
 )
 def test_the_reason_is_what_ncu_says(ncu: Path, printed: str, reason: str) -> None:
     say(ncu, printed, "exit 1")
-    counted = count_stage(SPEC, stage=0)
+    counted = count_stage(SPEC, MODULE, stage=0)
     assert reason in counted.reason
     assert counted.dram_read_bytes is None
 
 
 def test_an_ncu_that_hangs_is_ended_with_its_children(ncu: Path) -> None:
     ncu.write_text(f"#!/bin/sh\nsleep 300 &\necho $! > {ncu}.child\nwait\n")
-    assert "did not end within 1 s" in count_stage(SPEC, stage=0, timeout_seconds=1).reason
+    assert "did not end within 1 s" in count_stage(SPEC, MODULE, stage=0, timeout_seconds=1).reason
     child = int(Path(f"{ncu}.child").read_text())
     for _ in range(100):
         if not alive(child):
@@ -127,30 +137,53 @@ def alive(process: int) -> bool:
 
 
 def test_without_ncu_or_gpu_there_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert count_stage(SPEC, stage=1) == Counters(stage=1, reason="there is no GPU")
+    assert count_stage(SPEC, MODULE, stage=1) == Counters(stage=1, reason="there is no GPU")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setenv("PATH", "")
-    assert "ncu is not on the PATH" in count_stage(SPEC, stage=1).reason
+    assert "ncu is not on the PATH" in count_stage(SPEC, MODULE, stage=1).reason
 
 
+class Products(TorchFunctionMode):
+    """Counts products with weights, and the most keys that attention reads."""
+
+    products = keys = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.products += func is functional.linear
+        if func is functional.scaled_dot_product_attention:
+            self.keys = max(self.keys, args[1].shape[-2])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("cache_length", [0, 9], ids=["prefill", "decode"])
 @pytest.mark.parametrize(
-    ("start", "stop", "ranks", "width"),
-    [(0, 1, 1, 32), (1, 3, 1, 32), (1, 2, 2, 32), (3, 5, 1, CONFIG["vocab_size"])],
+    ("start", "stop", "ranks", "products"),
+    [(0, 1, 1, 0), (1, 3, 1, 2), (1, 2, 2, 1), (3, 5, 1, None)],
     ids=["embedding", "blocks", "half of a block", "norm and head"],
 )
-def test_the_stage_that_is_counted_runs(start: int, stop: int, ranks: int, width: int) -> None:
-    spec = CountedStage(
-        config=CONFIG, dtype="bfloat16", start=start, stop=stop, tensor_parallel=ranks, rows=2, tokens=3
+def test_the_passes_of_the_stage_are_counted(
+    start: int, stop: int, ranks: int, products: int | None, cache_length: int
+) -> None:
+    """Four passes are marked, after as many others and what tries the stage out."""
+    spec = dataclasses.replace(
+        SPEC,
+        dtype="bfloat16",
+        start=start,
+        stop=stop,
+        tensor_parallel=ranks,
+        tokens=1 if cache_length else 3,
+        cache_length=cache_length,
     )
-    outputs = run_passes(spec, torch.device("cpu"))
-    assert outputs.shape == (2, 3, width)
-    assert outputs.dtype == torch.bfloat16
-    assert outputs.isfinite().all()
+    with Products() as seen:
+        assert run_passes(spec, torch.device("cpu")) == 4
+    per_pass = 1 if products is None else products * PER_BLOCK
+    assert seen.products >= 8 * per_pass
+    assert seen.keys == (0 if not products else cache_length or 3)
 
 
-def test_parts_of_blocks_are_counted_too() -> None:
-    spec = CountedStage(config=CONFIG, dtype="float32", start=1, stop=2, granularity="sublayer", rows=1, tokens=1)
-    assert run_passes(spec, torch.device("cpu")).shape == (1, 1, 32)
+def test_a_short_cache_has_room_for_fewer_passes() -> None:
+    spec = dataclasses.replace(SPEC, tokens=1, cache_length=3)
+    assert run_passes(spec, torch.device("cpu")) == 2
 
 
 def test_nvlink_without_a_gpu_runs_and_says_so() -> None:

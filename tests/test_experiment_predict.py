@@ -14,7 +14,7 @@ from timed_cases import FOUR, LINKS, a_case, of_stages, some_times, the_timed
 
 from lp_plugin import Cluster, Workload
 from lp_plugin.bench.experiment.choose import boundaries_of
-from lp_plugin.bench.experiment.costs import counted_profile, pick_times
+from lp_plugin.bench.experiment.costs import counted_profile, links_of, pick_times
 from lp_plugin.bench.experiment.message_costs import Messages
 from lp_plugin.bench.experiment.predict import flops_and_traffic, link_bytes, memory, predictions
 from lp_plugin.bench.experiment.settings import Configuration
@@ -44,6 +44,31 @@ def test_all_reduces_over_more_ranks_follow_the_ring() -> None:
     assert messages.reduce_seconds(link, 65536, 2) == pytest.approx(50e-6)
     assert messages.reduce_seconds(link, 65536 / 1.5, 4) == pytest.approx(50e-6)  # 3/4 of it over each link, not 1/2
     assert messages.reduce_seconds(link, 65536, 1) == 0.0
+
+
+def test_all_reduces_of_a_group_are_those_of_its_size() -> None:
+    """Over two of four ranks as timed over two, not as the ring's formula has it from four."""
+    four = dataclasses.replace(LINKS, ranks=4, reduce_seconds=(4e-3, 5e-3, 12e-3), send_seconds=(1e-3, 2e-3, 3e-3))
+    link = FOUR.links[0]
+    for ranks, seconds in ((2, 50e-6), (3, 5e-3), (4, 5e-3)):
+        links = links_of(four, [LINKS], ranks)
+        size = 65536 * (3 / 4) / (2 / 3) if ranks == 3 else 65536
+        messages = Messages(cluster=FOUR, links=links)
+        assert messages.reduce_seconds(link, size, ranks) == pytest.approx(seconds)
+        assert messages.send_seconds(link, 65536) == pytest.approx(2e-3)
+    assert links_of(four, (), 2) == four
+
+
+def test_a_group_of_some_ranks_is_predicted_by_its_own_all_reduces() -> None:
+    case, times, text = a_case(), [some_times(a_case(), 2)], "tp=2 pp=2"
+    four = dataclasses.replace(LINKS, ranks=4, reduce_seconds=tuple(1e-3 + each for each in LINKS.reduce_seconds))
+    wide = the_timed(case, text, (0, 4, 8), times, four).stage_seconds
+    own = the_timed(case, text, (0, 4, 8), times, links_of(four, [LINKS], 2)).stage_seconds
+    hidden_bytes = 2 * 128 * 1024 * 2
+    reducing = Messages(cluster=FOUR, links=LINKS).reduce_seconds(FOUR.links[0], hidden_bytes, 2)
+    counts, layers = [1, *[2] * 5, 0, 0], times[0].seconds
+    assert own == pytest.approx(of_stages([a + n * reducing for a, n in zip(layers, counts, strict=True)], (0, 4, 8)))
+    assert all(more > less for more, less in zip(wide, own, strict=True))
 
 
 def test_other_links_and_none_measured_are_the_clusters_own() -> None:
@@ -161,10 +186,6 @@ def test_prefill_is_as_simulated_from_timed_layers(text: str, micro_batches: int
     assert made.hop_seconds == pytest.approx(hops)
     expected = max(passage.stop for passage in simulate_overlapped(stages, hops, micro_batches))
     assert made.seconds == pytest.approx(expected)
-    if ranks == 1 and len(stages) > 1:
-        blocked = [own + before + after for own, before, after in zip(stages, [0, *hops], [*hops, 0], strict=True)]
-        stock = the_timed(case, f"{text} stock", boundaries, [times])
-        assert stock.seconds == pytest.approx(max(visit.stop for visit in simulate(blocked, micro_batches)))
 
 
 def test_long_messages_are_received_between_passes() -> None:
@@ -223,6 +244,16 @@ def test_the_catalogues_stock_schedule_is_the_plans_own() -> None:
     assert catalogue.seconds == pytest.approx(plan.makespan_seconds)
     assert calibrated == dataclasses.replace(catalogue, source="calibrated")
     assert catalogue.hop_seconds == pytest.approx([FOUR.links[0].seconds(2 * 128 * 4096 * 2)] * 3)
+
+
+def test_timed_layers_say_nothing_of_deepspeeds_own_passes() -> None:
+    """They run transformers' kernels, more of them than layers are timed with."""
+    case, times = a_case(), [some_times(a_case())]
+    for execution, sources in (("stock", {"catalogue"}), ("eager", {"catalogue", "timed layers"})):
+        found = predictions(
+            case, Configuration.parse(f"pp=2 {execution}"), (0, 4, 8), times, LINKS, FOUR, None, execution
+        )
+        assert {each.source for each in found} == sources
 
 
 def test_a_calibration_of_too_few_devices_is_left_out() -> None:

@@ -56,7 +56,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("report") / "new"
+    made = tmp_path_factory.mktemp("report")
     assert write_report(results(), made) == (made / "report.md", made / "report.html")
     return made
 
@@ -177,6 +177,37 @@ def test_a_model_that_is_not_known_any_more_costs_the_footprint_only(tmp_path: P
     found = Results(command="x", experiment="x", title="x", trials=2, cases=(case,))
     write_report(found, tmp_path, ["footprint"])
     assert "Not measured: no layer was timed." in (tmp_path / "report.md").read_text(encoding="utf-8")
+
+
+def test_what_an_earlier_report_has_left_goes_and_nothing_else(tmp_path: Path) -> None:
+    write_report(results(), tmp_path, ["time-split", "scaling"])
+    assert list(tmp_path.glob("timeline-*.json"))
+    own = {"notes-performance.png", "mine.png", "results.json"}
+    for name in own:
+        (tmp_path / name).write_text("mine", encoding="utf-8")
+    with (tmp_path / "report.md").open("a", encoding="utf-8") as report:
+        report.write("[mine](mine.png) [results](results.json) [above](../scaling.png)")
+    write_report(results(), tmp_path, ["scaling"])
+    assert {path.name for path in tmp_path.iterdir()} == own | {"report.md", "report.html", "scaling.png"}
+
+
+def test_what_went_wrong_after_the_trials_is_said(tmp_path: Path) -> None:
+    case = dataclasses.replace(prefill_case(), note="ended: rank 1 was killed")
+    found = dataclasses.replace(results(), cases=(case,))
+    write_report(found, tmp_path, ["performance"])
+    assert "\n\nreference layers, sequence 2048, 2 GPUs ended: rank 1 was killed.\n\n" in (
+        tmp_path / "report.md"
+    ).read_text(encoding="utf-8")
+    assert "; ended: rank 1 was killed." in " ".join(printed(found, "performance").split())
+
+
+def test_times_of_layers_below_noise_are_no_times() -> None:
+    case = decode_case()
+    times = dataclasses.replace(case.layers[0], seconds=(0.0, *case.layers[0].seconds[1:]))
+    found = dataclasses.replace(results(), cases=(dataclasses.replace(case, layers=(times,)),))
+    text = printed(found, "footprint")
+    assert "< 1.00 us" in text
+    assert " 0 s" not in text
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:

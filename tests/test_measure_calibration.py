@@ -157,6 +157,18 @@ def test_the_report_and_the_picture_show_everything(tmp_path: Path) -> None:
     assert (tmp_path / "rates.png").stat().st_size > 10_000
 
 
+def test_a_busy_machine_is_named() -> None:
+    def shown(calibration: Calibration) -> str:
+        return " ".join(as_text(calibration_report(calibration, calibrated_cluster(calibration, None))).split())
+
+    assert "warning" not in shown(H200)
+    slow = dataclasses.replace(H200.matmul[1], spread=0.45)
+    unsteady = dataclasses.replace(H200, matmul=(H200.matmul[0], slow), layer_spread=0.3)
+    warning = "warning: repeats differ by more than 20% for 2 of 14 figures, most for "
+    assert f"{warning}matrix product 8192 x 8192, bfloat16: 45%" in shown(unsteady)
+    assert "< noise a tiny layer" in shown(dataclasses.replace(H200, eager_layer_seconds=0.0))
+
+
 # writing any cluster
 
 numbers = st.floats(1e-9, 1e15, allow_nan=False)

@@ -16,7 +16,6 @@ from lp_plugin.schedule import (
     forward_timeline,
     makespan_seconds,
     overlapped_seconds,
-    overlapped_timeline,
     ring_seconds,
 )
 
@@ -76,16 +75,6 @@ def test_hops_beside_compute_take_as_long_as_simulated(
     expected = max(passage.stop for passage in simulate_overlapped(*seconds, micro_batches))
     assert overlapped_seconds(*seconds, micro_batches) == expected
     assert max(passage.stop for passage in simulate_overlapped(*seconds, micro_batches, buffers=2)) == expected
-
-
-@STEADY
-@given(WITH_HOPS, st.integers(1, 8))
-def test_timeline_with_hops_is_that_of_the_simulation(seconds: tuple[list[int], list[int]], micro_batches: int) -> None:
-    simulated = [
-        (p.stage, p.kind, p.micro_batch, p.start, p.stop) for p in simulate_overlapped(*seconds, micro_batches)
-    ]
-    timeline = overlapped_timeline(*seconds, micro_batches)
-    assert [(i.stage, i.kind, i.micro_batch, i.start_seconds, i.stop_seconds) for i in timeline] == simulated
 
 
 @STEADY

@@ -95,6 +95,7 @@ class DecoderStage(nn.Module):
         first_block: The first block that it holds all or half of, as the whole model numbers them.
         decoder_name: Name of the base model within ``model``; empty if it is the base model itself.
         embedding_name: Name of the table of tokens within the base model, ``.weight`` included.
+        blocks_name: Name of the list of blocks within ``model``.
         head_name: Name of the head within ``model``; None for an encoder.
         tied: Whether head and embedding of the whole model share their matrix.
         config: The whole model's configuration.
@@ -130,7 +131,7 @@ class DecoderStage(nn.Module):
         self.head_name = next(
             (name for name, module in self.model.named_modules() if output is not None and module is output), None
         )
-        stack, self._blocks_name = _stack(self.model, self._decoder, int(config.num_hidden_layers))
+        stack, self.blocks_name = _stack(self.model, self._decoder, int(config.num_hidden_layers))
         if any(layer.kind == "norm" for layer in layers) != (_final_norm(stack) is not None):
             raise UnsupportedModelError(
                 f"{type(self.model).__name__} has no list of blocks followed by a final norm that we know; "
@@ -220,9 +221,31 @@ class DecoderStage(nn.Module):
         experts = (parameter for name, parameter in self.model.named_parameters() if ".experts." in name)
         return not self._frequency_bounds and all(parameter.dtype == torch.bfloat16 for parameter in experts)
 
+    def repeat_block(self, copies: int) -> None:
+        """Puts further copies of the only block behind it, each with weights and a cache of its own.
+
+        For measuring, on the meta device: the stage holds no layers of the model any more.
+
+        Args:
+            copies: Blocks that there are then.
+        """
+        config = self.model.config
+        owner, _, name = self.blocks_name.rpartition(".")
+        (block,) = self.model.get_submodule(self.blocks_name)
+        blocks = [block, *(copy.deepcopy(block, {id(config): config}) for _ in range(copies - 1))]
+        for index, each in enumerate(blocks):
+            for module in each.modules():
+                if hasattr(module, "layer_idx"):
+                    module.layer_idx = index
+        setattr(self.model.get_submodule(owner), name, nn.ModuleList(blocks))
+        config.num_hidden_layers = copies
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types * copies
+        self._num_attentions *= copies
+
     def checkpoint_name(self, name: str) -> str:
         """Name of one of ``self.model``'s tensors in the whole model."""
-        prefix = f"{self._blocks_name}."
+        prefix = f"{self.blocks_name}."
         if not name.startswith(prefix):
             return name
         index, rest = name[len(prefix) :].split(".", 1)
@@ -239,7 +262,7 @@ class DecoderStage(nn.Module):
     def _keep_blocks(self, stack: nn.Module, parts: dict[int, set[str]]) -> None:
         """Keeps the stage's own blocks, or halves of them, and numbers their caches from 0."""
         config, first = self.model.config, self.first_block
-        name = self._blocks_name.rpartition(".")[2]
+        name = self.blocks_name.rpartition(".")[2]
         blocks = [stack.get_submodule(name)[index] for index in sorted(parts)]
         setattr(stack, name, nn.ModuleList(blocks))
         config.num_hidden_layers = len(blocks)

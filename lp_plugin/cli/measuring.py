@@ -26,7 +26,7 @@ def calibrate(
     """Measure this machine for the planner: arithmetic, memory and caches, launches, links; under two minutes."""
     require("run", "torch", "deepspeed", "transformers")
     _prepare()
-    from lp_plugin.job.calibration import calibrate_host  # noqa: PLC0415 - imports torch
+    from lp_plugin.bench.calibration import calibrate_host  # noqa: PLC0415 - imports torch
 
     calibrate_host(console(), output=output, processes=processes, picture=picture)
 
@@ -49,7 +49,7 @@ def profile(
     """Time a model's layers on this machine beside what the planner predicts; needs no weights."""
     require("run", "torch", "deepspeed", "transformers")
     _prepare()
-    from lp_plugin.job.layer_profile import profile_model  # noqa: PLC0415 - imports torch
+    from lp_plugin.bench.layer_profile import profile_model  # noqa: PLC0415 - imports torch
 
     profile_model(
         console(),

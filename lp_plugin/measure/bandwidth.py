@@ -43,6 +43,8 @@ class CopyRate:
     """Of both tensors."""
     bytes_per_second: float
     """Read and written together."""
+    spread: float = 0.0
+    """Of the seconds of repeats, between the quartiles, over the median."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,5 +125,9 @@ def _rate(device: torch.device, working_set_bytes: int) -> CopyRate:
             for _ in range(_IN_GRAPH):
                 move()
         runner = Runner(run=graph.replay, passes=_IN_GRAPH)
-    (seconds,) = seconds_in_turns([runner], device, warm_up_seconds=0.05)
-    return CopyRate(working_set_bytes=working_set_bytes, bytes_per_second=working_set_bytes / seconds)
+    (timed,) = seconds_in_turns([runner], device, warm_up_seconds=0.05)
+    return CopyRate(
+        working_set_bytes=working_set_bytes,
+        bytes_per_second=working_set_bytes / timed.seconds,
+        spread=timed.spread,
+    )

@@ -10,6 +10,7 @@ from lp_plugin.measure.bandwidth import Cache, CopyRate, find_knee
 from lp_plugin.measure.launches import LaunchSeconds
 from lp_plugin.measure.matmul import MatmulRate
 from lp_plugin.measured import Links
+from lp_plugin.quantity import format_bytes
 
 __all__ = ["Calibration", "LayerRate", "calibrated_cluster", "calibrated_device", "calibrated_link", "notes_of"]
 
@@ -31,6 +32,8 @@ class LayerRate:
     """Measured."""
     shape: str
     """In words."""
+    spread: float = 0.0
+    """Of repeats, between the quartiles, over the median."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,8 +64,22 @@ class Calibration:
     """A tiny transformer layer launched kernel by kernel."""
     replayed_layer_seconds: float | None
     """The same in a replayed CUDA graph; None without a GPU."""
+    layer_spread: float = 0.0
+    """Of repeats of the tiny layer, between the quartiles, over the median."""
     links: Links
     """Between processes; empty with one."""
+
+    @property
+    def spreads(self) -> dict[str, float]:
+        """What was repeated -> by how much the repeats differ, between the quartiles, over the median."""
+        return {
+            **{f"matrix product {rate.size} x {rate.size}, {rate.dtype}": rate.spread for rate in self.matmul},
+            **{f"working set of {format_bytes(rate.working_set_bytes)}": rate.spread for rate in self.copies},
+            "launches": self.launches.spread,
+            "tiny layer": self.layer_spread,
+            "large layer": self.layer.spread,
+            "messages": self.links.spread,
+        }
 
 
 def calibrated_cluster(calibration: Calibration, known: Device | None, link: Link | None = None) -> Cluster:

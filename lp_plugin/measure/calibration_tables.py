@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from rich.text import Text
 from lp_plugin.hardware import Cluster
 from lp_plugin.measure.bandwidth import CopyRate
 from lp_plugin.measure.calibration import Calibration
+from lp_plugin.measure.turns import UNSTEADY, format_difference
 from lp_plugin.measured import Links
 from lp_plugin.picture import save_figure
 from lp_plugin.quantity import format_bytes, format_seconds
@@ -133,9 +134,9 @@ def _summary(calibration: Calibration, cluster: Cluster) -> list[str]:
     replayed, layer_replayed = launches.replayed, calibration.replayed_layer_seconds
     lines.append(
         f"launches: {format_seconds(launches.eager)} a kernel, "
-        f"{format_seconds(calibration.eager_layer_seconds)} a tiny layer"
+        f"{format_difference(calibration.eager_layer_seconds)} a tiny layer"
         + (f"; in a CUDA graph {format_seconds(replayed)} a kernel" if replayed is not None else "")
-        + (f", {format_seconds(layer_replayed)} a layer" if layer_replayed is not None else "")
+        + (f", {format_difference(layer_replayed)} a layer" if layer_replayed is not None else "")
     )
     if cluster.links:
         link = cluster.links[0]
@@ -144,7 +145,19 @@ def _summary(calibration: Calibration, cluster: Cluster) -> list[str]:
             f"link: {format_seconds(link.latency_seconds)} and {format_bytes(achieved)}/s; "
             f"all-reduces reach {link.collective_efficiency:.0%} of that"
         )
-    return lines
+    return [*lines, *_unsteady(calibration.spreads)]
+
+
+def _unsteady(spreads: Mapping[str, float]) -> list[str]:
+    """A warning, if repeats differ too much to be believed."""
+    found = [name for name, spread in spreads.items() if spread > UNSTEADY]
+    if not found:
+        return []
+    worst = max(found, key=spreads.__getitem__)
+    return [
+        f"warning: repeats differ by more than {UNSTEADY:.0%} for {len(found)} of {len(spreads)} figures, most for "
+        f"{worst}: {spreads[worst]:.0%}. The machine is busy; measure again when nothing else runs."
+    ]
 
 
 def _flops_unit(calibration: Calibration) -> tuple[float, str]:

@@ -16,17 +16,16 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from lp_plugin.measured import Counters
 
-__all__ = ["PASSES", "CountedStage", "count_stage"]
+__all__ = ["CountedStage", "count_stage", "say_passes"]
 
-PASSES = 4
-"""Counted, one after the other."""
-_SCRIPT = "lp_plugin.bench.experiment.counted_stage"
+_PASSES = "counted passes:"
+"""In the output of the process whose counters are read."""
 _READ, _WRITTEN = "dram__bytes_read.sum", "dram__bytes_write.sum"
 _SECTORS, _HITS = "lts__t_sectors_op_read.sum", "lts__t_sectors_op_read_lookup_hit.sum"
 _OPTIONS = (
@@ -58,21 +57,29 @@ class CountedStage:
     """First layer."""
     stop: int
     """One past the last."""
-    granularity: str = "layer"
-    """``layer``, or ``sublayer`` where attention and MLP count separately."""
     tensor_parallel: int = 1
     """Ranks that share each layer; counted is what the first one does."""
     rows: int
     """Sequences of a micro-batch."""
     tokens: int
-    """Of each sequence; 1 for a decode step, which is run without its cache."""
+    """Of each sequence; 1 for a decode step."""
+    cache_length: int = 0
+    """Tokens of the static KV cache that a decode step reads; 0 for whole sequences without cache."""
+    execution: Literal["eager", "compiled"]
+    """What is launched kernel by kernel. CUDA graphs are replays of such kernels: they count as eager, or compiled."""
 
 
-def count_stage(spec: CountedStage, *, stage: int, timeout_seconds: float = 600.0) -> Counters:
+def say_passes(number: int) -> None:
+    """Tells `count_stage`, from the process that it has started, how many passes were marked to be counted."""
+    print(_PASSES, number, flush=True)  # noqa: T201 - read by the parent
+
+
+def count_stage(spec: CountedStage, module: str, *, stage: int, timeout_seconds: float = 600.0) -> Counters:
     """Counts one pass of a stage that runs micro-batch after micro-batch, in a process of its own under ``ncu``.
 
     Args:
         spec: The stage.
+        module: Runs it, as ``python -m module STAGE.json``, where the file holds ``spec``; calls `say_passes`.
         stage: Its position in the pipeline.
         timeout_seconds: Before it is given up; ncu runs the whole process several times.
 
@@ -87,7 +94,7 @@ def count_stage(spec: CountedStage, *, stage: int, timeout_seconds: float = 600.
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "stage.json")
         path.write_text(json.dumps(dataclasses.asdict(spec) | {"config": dict(spec.config)}), encoding="utf-8")
-        command = [ncu, *_OPTIONS, sys.executable, "-m", _SCRIPT, str(path)]
+        command = [ncu, *_OPTIONS, sys.executable, "-m", module, str(path)]
         said = _said(command, os.environ | {"TMPDIR": folder}, timeout_seconds)  # ncu's lock may be another user's
     if said is None:
         return Counters(stage=stage, reason=f"ncu did not end within {timeout_seconds:g} s")
@@ -122,14 +129,17 @@ def _read(said: str, stage: int) -> Counters:
     for row in csv.DictReader(line for line in lines[header:] if line.startswith('"')):
         with contextlib.suppress(ValueError):  # such as n/a
             sums[row["Metric Name"]] += float(row["Metric Value"].replace(",", ""))
+    passes = [int(line.removeprefix(_PASSES)) for line in lines if line.startswith(_PASSES)]  # of each replay
     missing = [name for name in (_READ, _WRITTEN, _SECTORS, _HITS) if name not in sums]
+    if not missing and not passes:
+        missing = [_PASSES.strip(":")]
     if missing:
         return Counters(stage=stage, reason=_reason(said, missing[0]))
     return Counters(
         stage=stage,
         l2_read_hit_fraction=sums[_HITS] / sums[_SECTORS] if sums[_SECTORS] else None,
-        dram_read_bytes=sums[_READ] / PASSES,
-        dram_write_bytes=sums[_WRITTEN] / PASSES,
+        dram_read_bytes=sums[_READ] / passes[-1],
+        dram_write_bytes=sums[_WRITTEN] / passes[-1],
     )
 
 

@@ -21,6 +21,8 @@ class LaunchSeconds:
     """Each from Python."""
     replayed: float | None
     """In a CUDA graph of many; None without a GPU."""
+    spread: float = 0.0
+    """Of repeats of either, between the quartiles, over the median: the larger."""
 
 
 def launch_seconds(device: torch.device) -> LaunchSeconds:
@@ -39,4 +41,8 @@ def launch_seconds(device: torch.device) -> LaunchSeconds:
             add()
         runners.append(Runner(run=graph.replay, passes=_KERNELS))
     eager, *replayed = seconds_in_turns(runners, device)
-    return LaunchSeconds(eager=eager, replayed=replayed[0] if replayed else None)
+    return LaunchSeconds(
+        eager=eager.seconds,
+        replayed=replayed[0].seconds if replayed else None,
+        spread=max(each.spread for each in (eager, *replayed)),
+    )

@@ -88,10 +88,10 @@ def time_layers(
     return result
 
 
-def synchronize() -> None:
-    """Waits for the GPU, if there is one."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+def synchronize(device: torch.device | None = None) -> None:
+    """Waits for the device if it is a GPU; left out, for this process's GPU, if there is one."""
+    if torch.cuda.is_available() if device is None else device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _median_seconds(layer: Callable[[Any], Any], value: Any, *, training: bool) -> LayerSeconds:

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeAlias
 
 import torch
 from torch import distributed
 
-from lp_plugin.measure.turns import synchronize
+from lp_plugin.measure.layers import synchronize
+from lp_plugin.measure.turns import Repeated, median_of
 from lp_plugin.measured import Links
 
 __all__ = ["time_links"]
 
-Way: TypeAlias = Callable[[Callable[[], Any], torch.Tensor], float]
-"""Gives the median seconds of an exchange, which uses a tensor."""
+Way: TypeAlias = Callable[[Callable[[], Any], torch.Tensor], Repeated]
+"""Times an exchange, which uses a tensor."""
 
 _SMALLEST = 2**12
 _LARGEST = {"cuda": 2**28, "cpu": 2**24}
@@ -45,17 +45,18 @@ def time_links(device: torch.device, group: Any = None) -> Links:
         return Links()
     sizes = tuple(_sizes(device))
     buffer = torch.randn(sizes[-1] // 4, device=device)
-    ways = (_median_seconds, _median_replayed_seconds) if device.type == "cuda" else (_median_seconds,)
-    sends = [tuple(_ping_pong_seconds(buffer[: size // 4], group, way) for size in sizes) for way in ways]
-    reduces = [tuple(_all_reduce_seconds(buffer[: size // 4], group, way) for size in sizes) for way in ways]
+    ways = (_repeated, _repeated_in_graphs) if device.type == "cuda" else (_repeated,)
+    sends = [[_ping_pong(buffer[: size // 4], group, way) for size in sizes] for way in ways]
+    reduces = [[_all_reduce(buffer[: size // 4], group, way) for size in sizes] for way in ways]
     mine = Links(
         send_bytes=sizes,
-        send_seconds=sends[0],
+        send_seconds=_halves(sends[0]),
         reduce_bytes=sizes,
-        reduce_seconds=reduces[0],
+        reduce_seconds=_seconds(reduces[0]),
         ranks=ranks,
-        replayed_send_seconds=sends[1] if len(ways) > 1 else (),
-        replayed_reduce_seconds=reduces[1] if len(ways) > 1 else (),
+        replayed_send_seconds=_halves(sends[1]) if len(ways) > 1 else (),
+        replayed_reduce_seconds=_seconds(reduces[1]) if len(ways) > 1 else (),
+        spread=max(each.spread for each in (*sends[0], *reduces[0])),
     )
     box = [mine if distributed.get_rank(group) == 0 else None]
     distributed.broadcast_object_list(box, group=group, group_src=0)
@@ -65,6 +66,15 @@ def time_links(device: torch.device, group: Any = None) -> Links:
     return links
 
 
+def _seconds(times: Iterable[Repeated]) -> tuple[float, ...]:
+    return tuple(each.seconds for each in times)
+
+
+def _halves(times: Iterable[Repeated]) -> tuple[float, ...]:
+    """There, of there and back."""
+    return tuple(each.seconds / 2 for each in times)
+
+
 def _sizes(device: torch.device) -> Iterator[int]:
     size = _SMALLEST
     while size <= _LARGEST[device.type]:
@@ -72,11 +82,11 @@ def _sizes(device: torch.device) -> Iterator[int]:
         size *= _STEP
 
 
-def _ping_pong_seconds(message: torch.Tensor, group: Any, seconds_of: Way) -> float:
-    """Half of the time there and back; 0 on ranks that take no part."""
+def _ping_pong(message: torch.Tensor, group: Any, timed: Way) -> Repeated:
+    """There and back; nothing on ranks that take no part."""
     rank = distributed.get_rank(group)
     if rank > 1:
-        return 0.0
+        return Repeated(seconds=0.0, spread=0.0)
 
     def there_and_back() -> None:
         if rank == 0:
@@ -86,42 +96,41 @@ def _ping_pong_seconds(message: torch.Tensor, group: Any, seconds_of: Way) -> fl
             distributed.recv(message, group=group, group_src=0)
             distributed.send(message, group=group, group_dst=0)
 
-    return seconds_of(there_and_back, message) / 2
+    return timed(there_and_back, message)
 
 
-def _all_reduce_seconds(message: torch.Tensor, group: Any, seconds_of: Way) -> float:
+def _all_reduce(message: torch.Tensor, group: Any, timed: Way) -> Repeated:
     """Of maxima, not sums, which would grow from one to the next until they overflow."""
-    return seconds_of(lambda: distributed.all_reduce(message, op=distributed.ReduceOp.MAX, group=group), message)
+    return timed(lambda: distributed.all_reduce(message, op=distributed.ReduceOp.MAX, group=group), message)
 
 
-def _median_seconds(exchange: Callable[[], Any], message: torch.Tensor) -> float:
-    """Of one exchange of several, launched one by one; all ranks make as many."""
-    count = _count(message)
-    return _median_of(exchange, count, message.device)
+def _repeated(exchange: Callable[[], Any], message: torch.Tensor) -> Repeated:
+    """One exchange of several, launched one by one; all ranks make as many."""
+    return _timed(exchange, _count(message), 1, message.device)
 
 
-def _median_replayed_seconds(exchange: Callable[[], Any], message: torch.Tensor) -> float:
+def _repeated_in_graphs(exchange: Callable[[], Any], message: torch.Tensor) -> Repeated:
     """The same in a CUDA graph; the exchange has been made before."""
     count = _count(message)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL's own thread goes on
         for _ in range(count):
             exchange()
-    return _median_of(graph.replay, 1, message.device) / count
+    return _timed(graph.replay, 1, count, message.device)
 
 
 def _count(message: torch.Tensor) -> int:
     return max(2, min(8, _SPAN_BYTES // (message.numel() * message.element_size())))
 
 
-def _median_of(run: Callable[[], Any], count: int, device: torch.device) -> float:
-    """Seconds of one of ``count`` runs between two looks at the clock."""
+def _timed(run: Callable[[], Any], calls: int, exchanges: int, device: torch.device) -> Repeated:
+    """One exchange, of ``calls`` between two looks at the clock that make ``exchanges`` each."""
     seconds = []
     for _ in range(_WARM_UP + _SPANS):
         synchronize(device)
         start = time.perf_counter()
-        for _ in range(count):
+        for _ in range(calls):
             run()
         synchronize(device)
-        seconds.append((time.perf_counter() - start) / count)
-    return statistics.median(seconds[_WARM_UP:])
+        seconds.append((time.perf_counter() - start) / (calls * exchanges))
+    return median_of(seconds[_WARM_UP:])

@@ -27,6 +27,8 @@ class MatmulRate:
     """Rows and columns."""
     flops_per_second: float
     """``2 * size ** 3`` over the median seconds."""
+    spread: float = 0.0
+    """Of the seconds of repeats, between the quartiles, over the median."""
 
 
 def matmul_rates(device: torch.device) -> tuple[MatmulRate, ...]:
@@ -51,7 +53,12 @@ def _rates(device: torch.device, dtype: torch.dtype) -> Iterator[MatmulRate]:
         ) -> torch.Tensor:
             return torch.mm(left, right, out=product)
 
-        (seconds,) = seconds_in_turns([Runner(run=multiply)], device)
-        yield MatmulRate(dtype=str(dtype).removeprefix("torch."), size=size, flops_per_second=2 * size**3 / seconds)
-        if 8 * seconds > _MOST_SECONDS:
+        (timed,) = seconds_in_turns([Runner(run=multiply)], device)
+        yield MatmulRate(
+            dtype=str(dtype).removeprefix("torch."),
+            size=size,
+            flops_per_second=2 * size**3 / timed.seconds,
+            spread=timed.spread,
+        )
+        if 8 * timed.seconds > _MOST_SECONDS:
             return

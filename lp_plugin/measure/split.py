@@ -15,6 +15,7 @@ from torch import distributed as dist
 from torch.profiler import ProfilerActivity, profile, schedule
 
 from lp_plugin.measure.intervals import Intervals, difference, intersection, make_intervals, measure, union
+from lp_plugin.measure.layers import synchronize
 from lp_plugin.measure.messages import Message, operation_of, transfers
 from lp_plugin.measure.traces import Event, merge_events, read_trace
 from lp_plugin.measured import Span, TimeSplit
@@ -56,12 +57,11 @@ class _Record:
 def profile_run(
     run: Callable[[], None],
     ranks: Sequence[int],
-    group: Any = None,
     *,
     tensor_groups: Sequence[Sequence[int]] = (),
     pipelines: Sequence[Sequence[int]] = (),
 ) -> tuple[TimeSplit, ...]:
-    """Profiles a run on several ranks at once; collective over the group.
+    """Profiles a run on several ranks at once; collective over all ranks.
 
     The run is made twice: the first time warms up the profiler. On a GPU its kernels, copies and fills are recorded,
     on a CPU its operations and messages (Python's time between operations is idle there), with the clock that all
@@ -70,7 +70,6 @@ def profile_run(
     Args:
         run: Does this rank's part; not called on other ranks than ``ranks``.
         ranks: Who runs it.
-        group: Process group of all who call this; None for all processes.
         tensor_groups: Ranks that all-reduce together; left out, all of ``ranks`` do.
         pipelines: Ranks that send to each other, in order of stages; left out, all of ``ranks`` are one pipeline.
 
@@ -80,10 +79,10 @@ def profile_run(
     rank = dist.get_rank() if dist.is_initialized() else 0
     part: _Record | None = None
     if rank in ranks:
-        part = _Record.of(_events(run, group))
+        part = _Record.of(_events(run))
     else:
-        _wait(group)
-    records = _gathered(rank, part, group)
+        _wait()
+    records = _gathered(rank, part)
     met = transfers(
         {rank: records[rank].messages for rank in ranks},
         tensor_groups=tensor_groups,
@@ -123,55 +122,50 @@ def _split(rank: int, record: _Record, met: Intervals | None, begin: int, end: i
     )
 
 
-def _events(run: Callable[[], None], group: Any) -> list[Event]:
+def _events(run: Callable[[], None]) -> list[Event]:
     """What this rank's device does in a run that all begin together, after one that warms up."""
-    on_gpu = _on_gpu(group)
+    on_gpu = _on_gpu()
     with profile(
         activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU],
         schedule=schedule(wait=0, warmup=1, active=1, repeat=1),
     ) as profiler:
-        _begin(group)
+        _begin()
         run()
-        _synchronize(group)
+        synchronize()
         profiler.step()
-        since = _begin(group)
+        since = _begin()
         run()
-        _synchronize(group)
+        synchronize()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "trace.json")
         profiler.export_chrome_trace(str(path))
         return read_trace(path, on_gpu=on_gpu, since=since)
 
 
-def _wait(group: Any) -> None:
+def _wait() -> None:
     """The part of a rank that does not run: others begin twice together."""
-    _begin(group)
-    _begin(group)
+    _begin()
+    _begin()
 
 
-def _begin(group: Any) -> int:
-    """Waits for all of the group; gives the time after that, nanoseconds since 1970."""
+def _begin() -> int:
+    """Waits for all; gives the time after that, nanoseconds since 1970."""
     if dist.is_initialized():
-        dist.barrier(group, device_ids=[torch.cuda.current_device()] if _on_gpu(group) else None)
-    _synchronize(group)
+        dist.barrier(device_ids=[torch.cuda.current_device()] if _on_gpu() else None)
+    synchronize()
     return time.time_ns()
 
 
-def _synchronize(group: Any) -> None:
-    if _on_gpu(group):
-        torch.cuda.synchronize()
+def _on_gpu() -> bool:
+    return torch.cuda.is_available() and (not dist.is_initialized() or "nccl" in dist.get_backend())
 
 
-def _on_gpu(group: Any) -> bool:
-    return torch.cuda.is_available() and (not dist.is_initialized() or "nccl" in dist.get_backend(group))
-
-
-def _gathered(rank: int, record: _Record | None, group: Any) -> dict[int, _Record]:
+def _gathered(rank: int, record: _Record | None) -> dict[int, _Record]:
     """The records of all who have one, by rank; collective."""
     if not dist.is_initialized():
         return {rank: record} if record else {}
-    parts: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(parts, (rank, record), group=group)
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, (rank, record))
     return {rank: record for rank, record in parts if record is not None}
 
 

@@ -11,12 +11,29 @@ from typing import Any
 
 import torch
 
-__all__ = ["Runner", "seconds_in_turns", "synchronize"]
+from lp_plugin.measure.layers import synchronize
+from lp_plugin.quantity import format_seconds
 
+__all__ = ["NOISE", "UNSTEADY", "Repeated", "Runner", "format_difference", "median_of", "seconds_in_turns"]
+
+NOISE = "< noise"
+"""In place of a difference that is none."""
+UNSTEADY = 0.2
+"""Spread from which on other programs must have used the device, too."""
 _TURNS = 7
 _SPAN_SECONDS = {"cuda": 20e-3, "cpu": 10e-3}
 """A span between two looks at the clock takes at least this long, by type of device."""
 _WARM_UP_RUNS = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Repeated:
+    """Something timed several times."""
+
+    seconds: float
+    """The median."""
+    spread: float
+    """Between the quartiles, over the median: half of the times differ by no more."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,8 +52,8 @@ class Runner:
 
 def seconds_in_turns(
     runners: Sequence[Runner], device: torch.device, *, warm_up_seconds: float = 0.2
-) -> tuple[float, ...]:
-    """Median seconds of one pass of each, launched back to back, of 7 spans in turns: A B C, A B C, ...
+) -> tuple[Repeated, ...]:
+    """Seconds of one pass of each, launched back to back, of 7 spans in turns: A B C, A B C, ...
 
     Args:
         runners: What is compared.
@@ -44,7 +61,7 @@ def seconds_in_turns(
         warm_up_seconds: On a GPU, all together run at least this long first: clocks fall under sustained load.
 
     Returns:
-        Seconds, one per runner.
+        One per runner.
     """
     counts = [1] * len(runners)
     for index, runner in enumerate(runners):
@@ -60,13 +77,18 @@ def seconds_in_turns(
         [_span(runner, count, device) / (count * runner.passes) for runner, count in zip(runners, counts, strict=True)]
         for _ in range(_TURNS)
     ]
-    return tuple(statistics.median(column) for column in zip(*turns, strict=True))
+    return tuple(median_of(column) for column in zip(*turns, strict=True))
 
 
-def synchronize(device: torch.device) -> None:
-    """Waits for the device, if it runs ahead of the host."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def median_of(seconds: Sequence[float]) -> Repeated:
+    """What several times of the same thing amount to."""
+    first, median, third = statistics.quantiles(seconds, n=4, method="inclusive")
+    return Repeated(seconds=median, spread=(third - first) / median if median else 0.0)
+
+
+def format_difference(seconds: float) -> str:
+    """A difference of two times for reading; it is 0 if the first was not the longer one."""
+    return format_seconds(seconds) if seconds else NOISE
 
 
 def _span(runner: Runner, count: int, device: torch.device) -> float:

@@ -15,11 +15,11 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
+from lp_plugin.integrations.deepspeed.alone.stages import stage_of_copies
 from lp_plugin.integrations.deepspeed.forward.whole_rows import whole_rows
 from lp_plugin.integrations.deepspeed.generation.lean import LeanPass
 from lp_plugin.integrations.deepspeed.joint_projections import JointProjections
 from lp_plugin.integrations.transformers.decoder import DecoderStage, num_layers
-from lp_plugin.integrations.transformers.lone_layers import stage_of_copies
 from lp_plugin.integrations.transformers.save import save_model
 from lp_plugin.integrations.transformers.weights import load_stage
 

@@ -11,10 +11,10 @@ from families import FAMILIES, make_config
 from transformers import PretrainedConfig
 
 from lp_plugin.errors import RuntimeEnvironmentError, UnsupportedModelError, WorkloadError
+from lp_plugin.integrations.deepspeed.alone.layer_times import time_model_layers
+from lp_plugin.integrations.deepspeed.alone.stages import read_mapping, stage_of_copies, stored_bytes
 from lp_plugin.integrations.transformers.decoder import DecoderStage
-from lp_plugin.integrations.transformers.layer_times import time_model_layers
-from lp_plugin.integrations.transformers.lone_layers import read_mapping, stage_of_copies, stored_bytes
-from lp_plugin.measure.turns import Runner, seconds_in_turns
+from lp_plugin.measure.turns import Runner, median_of, seconds_in_turns
 from lp_plugin.model import ModelProfile
 
 CPU = torch.device("cpu")
@@ -28,7 +28,7 @@ def copy_weights(block: torch.nn.Module, other: torch.nn.Module) -> None:
 
 
 def blocks_of(stage: DecoderStage) -> torch.nn.ModuleList:
-    return stage.model.get_submodule(stage._blocks_name)
+    return stage.model.get_submodule(stage.blocks_name)
 
 
 # stages of copies
@@ -125,6 +125,7 @@ def test_every_layer_has_its_time_and_its_bytes(family: str, changes: dict[str, 
     assert times.launch_seconds == 0.0
     assert times.peak_bytes == (None,) * profile.num_layers
     assert times.pass_seconds >= 0.0
+    assert times.spread >= 0.0
     for layer, seconds, resident, stored in zip(
         profile.layers, times.seconds, times.resident_seconds, times.weight_bytes, strict=True
     ):
@@ -164,7 +165,8 @@ def test_runs_take_turns_with_preparations_and_no_more_calls_than_allowed() -> N
         Runner(run=note("b"), passes=5, most=3, prepare=note("|")),
     ]
     first, second = seconds_in_turns(runners, CPU)
-    assert first > second > 0
+    assert first.seconds > second.seconds > 0
+    assert min(first.spread, second.spread) >= 0
     text = "".join(seen)
     warm, *turns = text.split("|b|b", 1)  # two runs each to begin with
     assert set(warm) == {"a"}
@@ -175,3 +177,10 @@ def test_runs_take_turns_with_preparations_and_no_more_calls_than_allowed() -> N
     assert len(spans) == 8
     assert spans[-1] == 0
     assert len(set(spans[:-1])) == 1
+
+
+def test_the_spread_lets_out_what_happens_once() -> None:
+    timed = median_of([1.0, 1.0, 9.0, 1.0, 1.1, 0.9, 1.0])
+    assert (timed.seconds, timed.spread) == (1.0, pytest.approx(0.05))
+    assert median_of([1.0, 1.4, 1.0, 1.4, 1.0, 1.4, 1.2]).spread == pytest.approx(0.4 / 1.2)
+    assert median_of([0.0, 0.0]).spread == 0.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import socket
@@ -15,7 +16,16 @@ import numpy as np
 import pytest
 
 from lp_plugin.bench.experiment.command import run_experiment
-from lp_plugin.bench.experiment.job import CaseJob, Doing, empty_result, in_a_line, note_reason, run_case, write_model
+from lp_plugin.bench.experiment.job import (
+    CaseJob,
+    Doing,
+    empty_result,
+    in_a_line,
+    keep_measured,
+    note_reason,
+    run_case,
+    write_model,
+)
 from lp_plugin.bench.experiment.results import CaseResult, Results, Row, load_results
 from lp_plugin.bench.experiment.settings import read_experiment
 from lp_plugin.errors import RankFailedError, RuntimeEnvironmentError, WorkloadError
@@ -100,10 +110,10 @@ def test_rows_are_measured_or_say_why_not(results: Results) -> None:
         assert all(seconds > 0 for seconds in row.seconds)
 
 
-def test_turns_go_there_and_back(results: Results) -> None:
-    there = ["tp=2", "pp=2 uniform", "pp=2 uniform stock", "dp=2", "1", "tp=2 (again)"]
-    assert list(results.cases[0].turns) == [*there, *reversed(there)]
-    assert results.cases[1].turns[:4] == ("pp=2", "dp=2", "1", "1 (again)")
+def test_turns_keep_the_control_apart(results: Results) -> None:
+    there = ["tp=2", "pp=2 uniform", "pp=2 uniform stock", "tp=2 (again)", "dp=2", "1"]
+    assert list(results.cases[0].turns) == [*there, there[0], *reversed(there[1:])]
+    assert results.cases[1].turns[:4] == ("1", "pp=2", "1 (again)", "dp=2")
 
 
 def test_figures_of_a_row(results: Results) -> None:
@@ -112,6 +122,7 @@ def test_figures_of_a_row(results: Results) -> None:
     assert (pipeline.boundaries, pipeline.execution, len(pipeline.alone_seconds)) == ((0, 3, 6), "eager", 2)
     assert prefill["pp=2 uniform stock"].execution == "stock"
     assert [prediction.source for prediction in pipeline.predictions] == ["catalogue", "timed layers"]
+    assert [each.source for each in prefill["pp=2 uniform stock"].predictions] == ["catalogue"]
     assert [each.rank for each in pipeline.memory] == [each.rank for each in pipeline.split] == [0, 1]
     assert [each.rank for each in prefill["1"].memory] == [each.rank for each in prefill["1"].split] == [0]
     assert pipeline.flops == prefill["tp=2"].flops == prefill["1"].flops > 0
@@ -254,6 +265,22 @@ def test_a_case_that_fails_by_itself(
     assert reason in said[0]
 
 
+def test_trials_are_kept_if_the_processes_fail_afterwards(job: CaseJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Profiled(Processes):
+        def __call__(self, num_processes: int, entry: Any, job: CaseJob) -> CaseResult:
+            row = Row(name="1", data_parallel=1, tensor_parallel=1, pipeline_parallel=1, partition="", seconds=(1.0,))
+            keep_measured(job, dataclasses.replace(empty_result(job.case, ""), rows=(row,)))
+            return super().__call__(num_processes, entry, job)
+
+    processes = Profiled({"tp=2": KILLED})
+    result, said = tried(job, processes, monkeypatch)
+    assert len(processes.tried) == 1
+    assert not result.reason
+    assert [row.seconds for row in result.rows] == [(1.0,)]
+    assert result.note.endswith("nothing is kept: rank 1 was killed by SIGKILL while running tp=2")
+    assert "its trials, which are kept" in said[0]
+
+
 def test_nothing_at_all_that_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lp_plugin.job.launch.launch_local", Processes({None: KILLED}))
     (tmp_path / "tiny.toml").write_text(TINY, encoding="utf-8")
@@ -297,7 +324,7 @@ def test_all_sequences_are_shared_out() -> None:
 
 
 def test_results_that_differ_by_more_than_rounding() -> None:
-    from lp_plugin.bench.experiment.trials import differs, turn_order
+    from lp_plugin.bench.experiment.trials import differs
 
     logits = np.random.default_rng(0).standard_normal((2, 50)).astype(np.float32)
     assert not differs(logits[:1] * np.float32(1 + 1e-6), logits, "float32")
@@ -311,4 +338,33 @@ def test_results_that_differ_by_more_than_rounding() -> None:
     assert "50% of second tokens" in differs(tokens, np.array([[1, 2], [3, 5]]), "float32")
     assert not differs(tokens, np.array([[1, 2], [4, 5]]), "float16")  # the second row went astray before
     assert "0% of second tokens" in differs(tokens, np.array([[1, 3], [4, 4]]), "float16")
-    assert turn_order(3, 3) == [0, 1, 2, 2, 1, 0, 0, 1, 2]
+
+
+def test_turns_change_their_order() -> None:
+    from lp_plugin.bench.experiment.trials import turn_order
+
+    assert turn_order(4, 3) == [0, 1, 2, 3, 0, 3, 2, 1, 2, 3, 0, 1]
+    for count in range(2, 9):
+        order = turn_order(count, 12)
+        assert all(first != second for first, second in itertools.pairwise(order))
+        assert {tuple(sorted(turn)) for turn in zip(*[iter(order)] * count, strict=True)} == {tuple(range(count))}
+
+
+def test_tokens_made_before_all_sequences_have_begun_set_no_pace() -> None:
+    """The second sequence begins at 3 s, when the first has two tokens; five come in the 4 s from then on."""
+    from lp_plugin.bench.experiment.decode import decode_trial
+
+    trial = decode_trial([[1.0, 2.0, 4.0, 6.0], [3.0, 5.0, 6.0, 7.0]])
+    assert trial.seconds == pytest.approx(4.0 * 6 / 5)
+    assert trial.first_token_seconds == 2.0
+    assert trial.token_seconds == pytest.approx((5 / 3 + 4 / 3) / 2)
+
+
+def test_engines_need_room_beside_each_other() -> None:
+    from lp_plugin.bench.experiment.engines import no_room
+
+    assert not no_room([60, 40], [[40, 60]], 100)
+    assert no_room([60, 101], [], 100) == "does not fit: needs 101 B of the 100 B of a device"
+    assert no_room([60, 40], [[10, 30], [10, 31]], 100) == (
+        "does not fit beside the others: together 101 B of the 100 B of a device; put it in a case of its own"
+    )

@@ -10,7 +10,7 @@ import pytest
 from conftest import REFERENCE, Main
 
 from lp_plugin import Cluster, ModelProfile, Workload, make_plan
-from lp_plugin.job.calibration import calibrate_host
+from lp_plugin.bench.calibration import calibrate_host
 from lp_plugin.report import console
 
 SMALL = REFERENCE / "small"
@@ -42,26 +42,34 @@ def test_a_profile_shows_every_kind_of_layer_and_whether_the_cut_moves(main: Mai
     asked = ("--sequence", 16, "--micro-batch", 2, "--stages", 2, "--tensor-parallel", 2)
     code, printed, errors = main("profile", SMALL, *asked, "-o", output)
     assert code == 0, errors
-    for part in ("embedding", "block 0 and 15 alike", "norm", "head", "the cut into 2 stages", "not measured"):
+    for part in (
+        "embedding",
+        "block 0 .. block 15, each of 16",
+        "norm",
+        "head",
+        "the cut into 2 stages",
+        "not measured",
+    ):
         assert part in printed
     figures = json.loads(output.read_text(encoding="utf-8"))
     assert figures["layers"][1] == "block 0"
     assert len(figures["layers"]) == len(figures["times"]["seconds"]) == 19
     assert figures["times"]["tensor_parallel"] == 2
+    assert " 0 s " not in printed
 
 
 def test_decode_steps_for_a_described_cluster(main: Main) -> None:
     asked = ("--sequence", 32, "--phase", "decode", "--granularity", "sublayer", "--cluster", "cpu:3", "--stages", 3)
     code, printed, errors = main("profile", SMALL, *asked)
     assert code == 0, errors
-    assert "block 0 mlp and 15 alike" in printed
+    assert "block 0 mlp .. block 15 mlp, each of 16" in printed
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("calibrate", "-o", "mine.json"), "give a name that ends in .toml"),
-        (("calibrate", "-o", "nowhere/mine.toml"), "in a folder that exists"),
+        (("calibrate", "-o", "nowhere/mine.toml"), "its folder does not exist"),
         (("calibrate", "-o", "mine.toml", "--picture", "mine.txt"), "give a name that ends in .png"),
         (("calibrate", "-o", "/proc/mine.toml"), "can't be written to /proc/mine.toml"),
         (("calibrate", "-o", "mine.toml", "--processes", 10**5), "processes are too many"),

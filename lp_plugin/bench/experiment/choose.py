@@ -14,7 +14,7 @@ from lp_plugin.bench.experiment.costs import (
     timed_profile,
     ungrouped,
 )
-from lp_plugin.bench.experiment.messages import Messages
+from lp_plugin.bench.experiment.message_costs import Messages
 from lp_plugin.bench.experiment.settings import Case, Configuration
 from lp_plugin.exchange.rules import deepspeed_uniform
 from lp_plugin.hardware import Cluster, Link
@@ -46,7 +46,7 @@ def boundaries_of(
         case: Model and work.
         configuration: Strategy, partition, execution.
         times: Of layers; empty for what the planner chooses from the catalogue alone.
-        links: Measured.
+        links: Measured, of `links_of`.
         cluster: All devices, not grouped.
         granularity: Whether blocks are whole.
 

@@ -27,6 +27,7 @@ __all__ = ["run_experiment"]
 
 _FROM_RUN = ("counted_bytes", "predicted_hit_fraction", "nvlink_bytes", "nvlink_reason", "counted_link_bytes")
 """Fields of counters that the case's own processes have filled in."""
+_COUNTED = "lp_plugin.bench.experiment.counted_stage"
 
 
 def run_experiment(console: Console, experiment: Experiment, *, folder: Path | None, tables: Sequence[str]) -> None:
@@ -45,6 +46,8 @@ def run_experiment(console: Console, experiment: Experiment, *, folder: Path | N
     if join_launcher():
         raise RuntimeEnvironmentError("the benchmark starts its own processes; run it without torchrun or srun.")
     folder = made_folder(folder or Path(f"bench-{experiment.name}"))
+    if (folder / RESULTS).exists():
+        console.print(f"{folder}: files of an earlier run are replaced", highlight=False, markup=False)
     results = Results(
         command=shlex.join(["lp-plugin", *sys.argv[1:]]),
         experiment=experiment.name,
@@ -111,7 +114,11 @@ def _run_rank(job: CaseJob) -> CaseResult | None:
 
 
 def _with_counters(case: Case, found: CaseResult, say: Callable[[str], None]) -> CaseResult:
-    """Hardware counters of the stages that the case wants them of, one process after the other."""
+    """Hardware counters of the stages that the case wants them of, one process after the other.
+
+    CUDA graphs are counted as the eager passes that they hold, and so is DeepSpeed's ``eval_batch``.
+    """
+    decodes = case.phase == "decode"
     rows = []
     for row in found.rows:
         counters = []
@@ -124,9 +131,11 @@ def _with_counters(case: Case, found: CaseResult, say: Callable[[str], None]) ->
                 stop=stop,
                 tensor_parallel=row.tensor_parallel,
                 rows=row.micro_batch,
-                tokens=case.sequence if case.phase == "prefill" else 1,
+                tokens=1 if decodes else case.sequence,
+                cache_length=case.sequence + case.new_tokens if decodes else 0,
+                execution="compiled" if row.execution == "compiled" else "eager",
             )
-            read = count_stage(spec, stage=there.stage)
+            read = count_stage(spec, _COUNTED, stage=there.stage)
             kept = {name: getattr(there, name) for name in _FROM_RUN}
             counters.append(dataclasses.replace(read, **kept))
         rows.append(dataclasses.replace(row, counters=tuple(counters)))

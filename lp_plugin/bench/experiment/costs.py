@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from functools import reduce
 
-from lp_plugin.bench.experiment.messages import Messages
+from lp_plugin.bench.experiment.message_costs import Messages
 from lp_plugin.bench.experiment.settings import Case, Configuration, Execution
 from lp_plugin.generate.static_layers import on_static_caches, replayed
 from lp_plugin.hardware import Cluster, slower_link
@@ -16,7 +16,16 @@ from lp_plugin.model.layers import Granularity
 from lp_plugin.solver.layer_table import LayerTable
 from lp_plugin.workload import Phase
 
-__all__ = ["counted_profile", "launched", "links_in", "pick_times", "replica", "timed_profile", "ungrouped"]
+__all__ = [
+    "counted_profile",
+    "launched",
+    "links_in",
+    "links_of",
+    "pick_times",
+    "replica",
+    "timed_profile",
+    "ungrouped",
+]
 
 
 def pick_times(
@@ -48,6 +57,27 @@ def pick_times(
     wanted = {"auto": {"eager", "graphs"}, "stock": {"eager"}}.get(execution, {execution})
     fitting = [each for each in alike if each.execution in wanted] or alike
     return min(fitting, key=lambda each: sum(each.seconds) + each.pass_seconds, default=None)
+
+
+def links_of(links: Links, group_links: Sequence[Links], ranks: int) -> Links:
+    """The messages of a configuration: its all-reduces as timed over as many ranks as share a layer.
+
+    Args:
+        links: Timed over all processes.
+        group_links: Timed over some of them.
+        ranks: That share a layer.
+
+    Returns:
+        ``links``, with all-reduces of the group of that size; unchanged if there is none.
+    """
+    group = next((each for each in group_links if each.ranks == ranks), links)
+    return dataclasses.replace(
+        links,
+        reduce_bytes=group.reduce_bytes,
+        reduce_seconds=group.reduce_seconds,
+        replayed_reduce_seconds=group.replayed_reduce_seconds,
+        ranks=group.ranks,
+    )
 
 
 def links_in(links: Links, execution: Execution, phase: Phase) -> Links:

@@ -17,7 +17,7 @@ from lp_plugin.bench.experiment.settings import Case, Configuration
 from lp_plugin.integrations.deepspeed.generation import generate, release
 from lp_plugin.job.ranks import gather
 
-__all__ = ["Decode"]
+__all__ = ["Decode", "decode_trial"]
 
 
 class Decode(Contender):
@@ -60,7 +60,7 @@ class Decode(Contender):
             self.batch()
         is_head = self.takes_part and self.stage == 0 and self.engine.grid.get_slice_parallel_rank() == 0
         mine = [[when - start for when in each] for each in self._arrived] if is_head else []
-        return _decode_trial([each for rank in gather(mine) for each in rank])
+        return decode_trial([each for rank in gather(mine) for each in rank])
 
     def outputs(self) -> NDArray[np.int64] | None:
         """See `Contender.outputs`."""
@@ -73,12 +73,18 @@ class Decode(Contender):
         self._station = self.engine.lp_station = None
 
 
-def _decode_trial(arrivals: list[list[float]]) -> Trial:
-    """Of all sequences' tokens, when they came."""
+def decode_trial(arrivals: list[list[float]]) -> Trial:
+    """From when all sequences' tokens came; later ones that some make before all have begun set no pace.
+
+    Args:
+        arrivals: Seconds since the start, of each sequence's tokens.
+    """
     first = [times[0] for times in arrivals]
-    last = max(times[-1] for times in arrivals)
+    began, last = max(first), max(times[-1] for times in arrivals)
+    later = sum(when > began for times in arrivals for when in times)
+    counted = sum(len(times) - 1 for times in arrivals)
     return Trial(
-        seconds=last - max(first),
+        seconds=(last - began) * counted / later,
         first_token_seconds=statistics.median(first),
         token_seconds=statistics.median((times[-1] - times[0]) / (len(times) - 1) for times in arrivals),
     )

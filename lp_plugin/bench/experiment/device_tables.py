@@ -5,9 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 
+from lp_plugin.bench.experiment.derived import (
+    baseline_row,
+    dram_bytes,
+    layer_rest_bytes,
+    link_share,
+    profile_of,
+)
 from lp_plugin.bench.experiment.document import Figures
-from lp_plugin.bench.experiment.figures import baseline_row
-from lp_plugin.bench.experiment.results import CaseResult, Row
+from lp_plugin.bench.experiment.results import CaseResult
 from lp_plugin.bench.experiment.wording import (
     NOT_MEASURED,
     bytes_text,
@@ -16,23 +22,19 @@ from lp_plugin.bench.experiment.wording import (
     seconds_text,
     share_text,
 )
-from lp_plugin.errors import InvalidInputError
-from lp_plugin.measured import LayerTimes, Links, TimeSplit
-from lp_plugin.model import LayerCost, ModelProfile
+from lp_plugin.measured import LayerTimes, TimeSplit
+from lp_plugin.model import LayerCost
 from lp_plugin.quantity import format_bytes, format_seconds
 
 __all__ = [
-    "counted_dram_bytes",
-    "dram_bytes",
-    "first_block",
     "footprint_table",
-    "layer_rest_bytes",
-    "link_share",
     "memory_access_table",
     "memory_table",
-    "profile_of",
     "time_split_table",
 ]
+
+_NOISE_SECONDS = 1e-6
+"""Of a layer's time."""
 
 
 def time_split_table(case: CaseResult) -> Figures | None:
@@ -138,39 +140,6 @@ def _memory_access_notes(case: CaseResult) -> list[str]:
     return notes
 
 
-def dram_bytes(row: Row) -> float | None:
-    """Device memory read and written for one micro-batch, by all devices of a replica; None if not measured."""
-    each = [
-        counters.dram_read_bytes + counters.dram_write_bytes
-        for counters in row.counters
-        if counters.dram_read_bytes is not None and counters.dram_write_bytes is not None
-    ]
-    return sum(each) * row.tensor_parallel if each and len(each) == row.pipeline_parallel else None
-
-
-def counted_dram_bytes(row: Row) -> float | None:
-    """The same as the planner counts it; None if counters were not asked for."""
-    if len(row.counters) != row.pipeline_parallel:
-        return None
-    return row.tensor_parallel * sum(
-        counters.counted_bytes * (1 - counters.predicted_hit_fraction) for counters in row.counters
-    )
-
-
-def link_share(row: Row, links: Links) -> float | None:
-    """The busiest stage's bytes over NVLink per second of a trial, over the fastest message's rate.
-
-    None if they were not counted, and of decoding, whose seconds leave out the prompts that bytes were counted with.
-    """
-    if row.token_seconds:
-        return None
-    best = max(
-        (size / seconds for size, seconds in zip(links.send_bytes, links.send_seconds, strict=True)), default=0.0
-    )
-    measured = [counters.nvlink_bytes for counters in row.counters if counters.nvlink_bytes is not None]
-    return max(measured) / row.median_seconds / best if measured and row.seconds and best else None
-
-
 def footprint_table(case: CaseResult) -> Figures | None:
     """A row per distinct layer: memory and time, predicted beside measured; None if no layer was timed."""
     rows = tuple(row for times in case.layers for row in _footprint_rows(case, times))
@@ -189,27 +158,6 @@ def footprint_table(case: CaseResult) -> Figures | None:
             "where it could fit.",
         ),
     ).without_empty()
-
-
-def profile_of(case: CaseResult, times: LayerTimes) -> ModelProfile | None:
-    """The layers that were timed, as the planner describes them; None if it can't any more."""
-    try:
-        profile = ModelProfile.from_config(case.model, dtype=case.dtype, granularity=times.granularity)
-        profile = profile.sharded(times.tensor_parallel) if times.tensor_parallel > 1 else profile
-    except InvalidInputError:
-        return None
-    return profile if profile.num_layers == len(times.seconds) else None
-
-
-def first_block(profile: ModelProfile) -> int | None:
-    """Position of the first layer that belongs to a transformer block; None if there is none."""
-    return next((place for place, layer in enumerate(profile.layers) if layer.block is not None), None)
-
-
-def layer_rest_bytes(case: CaseResult, times: LayerTimes, layer: LayerCost) -> float:
-    """What the planner expects beside a layer's weights and input: its output and buffers, for one micro-batch."""
-    tokens = times.rows * (case.sequence if case.phase == "prefill" else 1)
-    return tokens * (layer.output_bytes_per_token + layer.buffer_bytes_per_token)
 
 
 def _footprint_rows(case: CaseResult, times: LayerTimes) -> Iterable[tuple[str, ...]]:
@@ -232,9 +180,14 @@ def _footprint_rows(case: CaseResult, times: LayerTimes) -> Iterable[tuple[str, 
             bytes_text(peak),
             change_text(buffers / peak - 1) if peak else "",
             bytes_text(layer.weight_bytes + buffers),
-            seconds_text(times.seconds[first]),
-            "" if resident is None else seconds_text(resident),
+            _above_noise(times.seconds[first]),
+            "" if resident is None else _above_noise(resident),
         )
+
+
+def _above_noise(seconds: float) -> str:
+    """A layer's time; what is left of a short one, once the pass around it is taken off, may be nothing."""
+    return seconds_text(seconds) if seconds >= _NOISE_SECONDS else f"< {format_seconds(_NOISE_SECONDS)}"
 
 
 def _alike(layers: Sequence[LayerCost], times: LayerTimes) -> list[list[int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,15 +12,18 @@ from deepspeed import comm as dist
 
 from lp_plugin.bench.experiment.agreement import together
 from lp_plugin.bench.experiment.job import CaseJob
+from lp_plugin.bench.experiment.predict import memory
 from lp_plugin.bench.experiment.settings import Case, Configuration
+from lp_plugin.errors import InfeasibleError
 from lp_plugin.hardware import Cluster
 from lp_plugin.integrations.deepspeed.engine import build_engine, quiet
 from lp_plugin.integrations.transformers.random_weights import RandomPipelineModule
 from lp_plugin.job.layout import Layout
 from lp_plugin.plan import Plan
+from lp_plugin.quantity import format_bytes
 from lp_plugin.solver.solve import evaluate
 
-__all__ = ["Built", "Engines", "layout_of", "plan_of"]
+__all__ = ["Built", "Engines", "layout_of", "no_room", "plan_of"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +74,24 @@ class Engines:
     def __init__(self, job: CaseJob, cluster: Cluster) -> None:
         self._job, self._cluster = job, cluster
         self._built: dict[tuple[Layout, tuple[int, ...]], Built] = {}
+        self._peaks: dict[tuple[Layout, tuple[int, ...]], list[int]] = {}
+
+    def check_room(self, configuration: Configuration, boundaries: tuple[int, ...]) -> None:
+        """Refuses an engine for which there is no room, beside those that are built before.
+
+        Every engine is counted with all that it is predicted to hold at its peak, since graphs and caches stay.
+
+        Raises:
+            InfeasibleError: Naming what is needed and what there is.
+        """
+        processes, usable = self._job.case.processes, self._cluster.devices[0].memory.usable_bytes
+        key = (layout_of(configuration, processes), boundaries)
+        peaks = [peak for _, peak in memory(self._job.case, configuration, boundaries, self._cluster)]
+        peaks *= processes // len(peaks)  # of one device's configuration every process has an engine
+        reason = no_room(peaks, [self._peaks[each] for each in self._built if each != key], usable)
+        if reason:
+            raise InfeasibleError(reason)
+        self._peaks[key] = peaks
 
     def get(self, configuration: Configuration, plan: Plan) -> Built:
         """The engine of a plan; collective over all ranks.
@@ -110,6 +132,24 @@ class Engines:
                 tensor_parallel=layout.tensor_parallel,
                 data_parallel=layout.data_parallel,
             )
+
+
+def no_room(peaks: Sequence[int], others: Sequence[Sequence[int]], usable_bytes: int) -> str:
+    """Why an engine does not fit; empty if it does.
+
+    Args:
+        peaks: Most bytes that it holds on each rank.
+        others: The same of engines that are there.
+        usable_bytes: Of a device.
+    """
+    of_a_device = f"of the {format_bytes(usable_bytes)} of a device"
+    if max(peaks) > usable_bytes:
+        return f"does not fit: needs {format_bytes(max(peaks))} {of_a_device}"
+    most = max(map(sum, zip(peaks, *others, strict=True)))
+    if most > usable_bytes:
+        together = f"together {format_bytes(most)} {of_a_device}"
+        return f"does not fit beside the others: {together}; put it in a case of its own"
+    return ""
 
 
 def last_logits(logits: torch.Tensor, labels: Any) -> torch.Tensor:

@@ -14,6 +14,7 @@ from deepspeed import comm as dist
 from lp_plugin.bench.experiment.agreement import together
 from lp_plugin.bench.experiment.choose import boundaries_of
 from lp_plugin.bench.experiment.contender import Contender, Outputs, Trial
+from lp_plugin.bench.experiment.costs import links_of
 from lp_plugin.bench.experiment.decode import Decode
 from lp_plugin.bench.experiment.engines import Built, Engines, plan_of
 from lp_plugin.bench.experiment.job import CaseJob, LeftOutError, in_a_line
@@ -21,14 +22,13 @@ from lp_plugin.bench.experiment.predict import flops_and_traffic, memory, predic
 from lp_plugin.bench.experiment.prefill import Prefill, StockPrefill
 from lp_plugin.bench.experiment.results import Row
 from lp_plugin.bench.experiment.settings import Configuration
-from lp_plugin.errors import InfeasibleError, LpPluginError, WorkloadError
+from lp_plugin.errors import LpPluginError, WorkloadError
 from lp_plugin.hardware import Cluster
 from lp_plugin.job.ranks import gather
 from lp_plugin.measure.layers import synchronize
 from lp_plugin.measured import LayerTimes, Links, Memory
-from lp_plugin.quantity import format_bytes
 
-__all__ = ["Entry", "Measured", "again", "build_entry", "running"]
+__all__ = ["Entry", "Measured", "again", "build_entry", "control_apart", "running"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +44,13 @@ class Measured:
     times: tuple[LayerTimes, ...]
     """Layers alone."""
     links: Links
-    """Messages."""
+    """Messages, over all processes."""
+    group_links: tuple[Links, ...]
+    """The same over as many as share a layer."""
+
+    def links_of(self, configuration: Configuration) -> Links:
+        """What a configuration's messages take."""
+        return links_of(self.links, self.group_links, configuration.strategy.tensor_parallel)
 
 
 @dataclass(kw_only=True)
@@ -114,7 +120,7 @@ def build_entry(job: CaseJob, configuration: Configuration, engines: Engines, me
     try:
         _refuse(job, configuration)
         boundaries = _choose(job, entry, measured)
-        _check_memory(job, configuration, boundaries, measured.cluster)
+        engines.check_room(configuration, boundaries)
         built = engines.get(configuration, plan_of(job.case, configuration, boundaries, measured.cluster))
         entry.contender = _contender(job, configuration, built)
         _run_once(entry, entry.contender, memory(job.case, configuration, boundaries, measured.cluster))
@@ -140,18 +146,12 @@ def _refuse(job: CaseJob, configuration: Configuration) -> None:
 
 def _choose(job: CaseJob, entry: Entry, measured: Measured) -> tuple[int, ...]:
     case, configuration = job.case, entry.configuration
-    boundaries = boundaries_of(case, configuration, measured.times, measured.links, measured.cluster)
+    links = measured.links_of(configuration)
+    boundaries = boundaries_of(case, configuration, measured.times, links, measured.cluster)
     entry.fields["boundaries"] = boundaries
     if configuration.partition == "cache-aware":
         entry.fields["catalogue_boundaries"] = boundaries_of(case, configuration, (), Links(), measured.cluster)
     return boundaries
-
-
-def _check_memory(job: CaseJob, configuration: Configuration, boundaries: tuple[int, ...], cluster: Cluster) -> None:
-    usable = cluster.devices[0].memory.usable_bytes
-    most = max(peak for _, peak in memory(job.case, configuration, boundaries, cluster))
-    if most > usable:
-        raise InfeasibleError(f"does not fit: needs {format_bytes(most)} of the {format_bytes(usable)} of a device")
 
 
 def _contender(job: CaseJob, configuration: Configuration, built: Built) -> Contender:
@@ -221,7 +221,7 @@ def _predict(job: CaseJob, entry: Entry, measured: Measured) -> None:
             configuration,
             boundaries,
             measured.times,
-            measured.links,
+            measured.links_of(configuration),
             measured.cluster,
             measured.calibrated,
             entry.fields["execution"],
@@ -237,6 +237,24 @@ def _predict(job: CaseJob, entry: Entry, measured: Measured) -> None:
 def again(entry: Entry) -> Entry:
     """The same contender under a name of its own: what differs is noise."""
     return dataclasses.replace(entry, name=f"{entry.name} (again)", fields=dict(entry.fields), trials=[])
+
+
+def control_apart(there: Sequence[tuple[Entry, Contender]], baseline: str) -> list[tuple[Entry, Contender]]:
+    """In the order of the first turn, from the baseline on; half a turn later its control, which is the same engine.
+
+    Turns that go on from there then have others between the two, if there are two others.
+
+    Args:
+        there: All that run, the control last.
+        baseline: Its name; without it there is no control.
+    """
+    names = [entry.name for entry, _ in there]
+    if baseline not in names:
+        return list(there)
+    first = names.index(baseline)
+    *others, control = [*there[first:-1], *there[:first], there[-1]]
+    middle = (len(others) + 1) // 2
+    return [*others[:middle], control, *others[middle:]]
 
 
 def running(entries: Sequence[Entry]) -> list[tuple[Entry, Contender]]:

@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lp_plugin.bench.experiment.contender import Contender
+from lp_plugin.bench.experiment.costs import counted_profile, replica
 from lp_plugin.bench.experiment.entries import Entry, running
 from lp_plugin.bench.experiment.job import CaseJob
 from lp_plugin.bench.experiment.predict import link_bytes
+from lp_plugin.bench.experiment.progress import Steps
 from lp_plugin.bench.experiment.settings import Case
-from lp_plugin.bench.experiment.steps import Steps
+from lp_plugin.hardware import Cluster
 from lp_plugin.job.ranks import gather
 from lp_plugin.measure.nvlink import count_nvlink
 from lp_plugin.measure.split import profile_run
 from lp_plugin.measured import Counters
+from lp_plugin.solver.solve import evaluate
 
 __all__ = ["count_sent", "counted", "profile_entries"]
 
@@ -39,16 +42,29 @@ def counted(case: Case, entries: Sequence[Entry]) -> list[Entry]:
     return [entry for entry in entries if entry.name == case.baseline] + others
 
 
-def count_sent(job: CaseJob, entries: Sequence[Entry], steps: Steps) -> None:
-    """What each stage's first rank sends over NVLink in one batch, and what the plan counts; collective over all ranks.
+def count_sent(job: CaseJob, entries: Sequence[Entry], cluster: Cluster, steps: Steps) -> None:
+    """What each stage's first rank sends over NVLink in one batch, and what is predicted; collective over all ranks.
 
-    Other counters are read later, in processes of their own.
+    Other counters are read later, in processes of their own. What is predicted of them is that of `predictions`.
+
+    Args:
+        job: The case.
+        entries: Whose messages are counted.
+        cluster: A device per process.
+        steps: To say what is done.
     """
     for entry, contender in running(entries):
         steps.begin(f"counting what {entry.name} sends", entry.name)
         run = contender.batch if contender.takes_part else _nothing
         found = gather(count_nvlink(run, contender.device))
-        expected = link_bytes(job.case, entry.configuration, entry.fields["boundaries"])
+        configuration, boundaries = entry.configuration, entry.fields["boundaries"]
+        sent = link_bytes(job.case, configuration, boundaries)
+        plan = evaluate(
+            counted_profile(job.case, configuration.strategy.tensor_parallel),
+            replica(cluster, configuration),
+            job.case.workload(configuration),
+            boundaries,
+        )
         firsts = [group[0] for group in _alike(contender, "pipe")]
         entry.fields["counters"] = tuple(
             Counters(
@@ -59,9 +75,7 @@ def count_sent(job: CaseJob, entries: Sequence[Entry], steps: Steps) -> None:
                 nvlink_reason=found[rank][1],
                 counted_link_bytes=num_bytes,
             )
-            for stage, (rank, planned, num_bytes) in enumerate(
-                zip(firsts, contender.built.plan.stages, expected, strict=True)
-            )
+            for stage, (rank, planned, num_bytes) in enumerate(zip(firsts, plan.stages, sent, strict=True))
         )
 
 

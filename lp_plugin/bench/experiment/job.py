@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lp_plugin.bench.experiment.results import CaseResult
+from lp_plugin.bench.experiment.results import CaseResult, Results, load_results, save_results
 from lp_plugin.bench.experiment.settings import Case, WantedTimes
 from lp_plugin.errors import LpPluginError, RankFailedError
 from lp_plugin.files import write_atomically
@@ -25,6 +25,7 @@ __all__ = [
     "case_fields",
     "empty_result",
     "in_a_line",
+    "keep_measured",
     "note_reason",
     "run_case",
     "write_model",
@@ -35,7 +36,7 @@ STALLED_SECONDS = 600
 
 _MOST_RESTARTS = 4
 """Of a case; configurations that end their processes one after the other have a common cause."""
-_DOING, _REASON = "doing.json", "reason.txt"
+_DOING, _REASON, _MEASURED = "doing.json", "reason.txt", "measured.json"
 
 
 class LeftOutError(Exception):
@@ -105,8 +106,22 @@ def note_reason(folder: str, error: BaseException) -> None:
         return
 
 
+def keep_measured(job: CaseJob, found: CaseResult) -> None:
+    """Leaves what the trials have given for the parent, in case the processes don't come to their end."""
+    kept = Results(command="", experiment="", title="", trials=job.trials, cases=(found,))
+    save_results(kept, Path(job.folder) / _MEASURED)
+
+
+def _measured(folder: str) -> CaseResult | None:
+    """What `keep_measured` has left; None if it did not come to that."""
+    path = Path(folder) / _MEASURED
+    return load_results(path).cases[0] if path.exists() else None
+
+
 def run_case(job: CaseJob, entry: Callable[[CaseJob], CaseResult | None], say: Callable[[str], None]) -> CaseResult:
     """Runs a case in processes of its own; a configuration that ends them is left out of another try.
+
+    Once the trials are done there is no other try: what they have given is kept.
 
     Args:
         job: What to do.
@@ -114,7 +129,8 @@ def run_case(job: CaseJob, entry: Callable[[CaseJob], CaseResult | None], say: C
         say: Takes lines on the progress.
 
     Returns:
-        The result; without rows, and with a reason, if the processes failed with no configuration to blame.
+        The result; with a note if the processes failed after the trials; without rows, and with a reason, if they
+        failed before with no configuration to blame.
     """
     while True:
         with tempfile.TemporaryDirectory(prefix="lp-plugin-bench-") as folder:
@@ -124,6 +140,12 @@ def run_case(job: CaseJob, entry: Callable[[CaseJob], CaseResult | None], say: C
             except (LpPluginError, SystemExit) as error:
                 doing = Doing.noted(folder)
                 reason = f"{_why(error, folder)} while {doing.what}"
+                measured = _measured(folder)
+        if measured is not None:
+            say(f"case {job.case.name} ended after its trials, which are kept: {reason}")
+            return dataclasses.replace(
+                measured, note=f"ended after its trials, of what comes later nothing is kept: {reason}"
+            )
         blamed = doing.configuration
         if blamed is None or blamed in job.excluded or len(job.excluded) == _MOST_RESTARTS:
             say(f"case {job.case.name} failed: {reason}")

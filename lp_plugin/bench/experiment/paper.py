@@ -9,9 +9,18 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from lp_plugin.bench.experiment.device_tables import counted_dram_bytes, dram_bytes, first_block, link_share, profile_of
+from lp_plugin.bench.experiment.derived import (
+    baseline_row,
+    control_row,
+    counted_dram_bytes,
+    dram_bytes,
+    first_block,
+    link_share,
+    profile_of,
+    proposed_row,
+    row_figures,
+)
 from lp_plugin.bench.experiment.document import Figures
-from lp_plugin.bench.experiment.figures import baseline_row, control_row, proposed_row, row_figures
 from lp_plugin.bench.experiment.results import CaseResult, Results, Row
 from lp_plugin.bench.experiment.scaling import SHARDED, WHOLE_LAYERS, rates_by_family, simulated_cases
 from lp_plugin.bench.experiment.statistics import ratio_of_rates, spread

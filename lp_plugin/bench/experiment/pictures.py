@@ -6,8 +6,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lp_plugin.bench.experiment.device_tables import first_block, layer_rest_bytes, profile_of
-from lp_plugin.bench.experiment.figures import baseline_row, is_control, row_figures
+from lp_plugin.bench.experiment.derived import (
+    baseline_row,
+    first_block,
+    is_control,
+    layer_rest_bytes,
+    profile_of,
+    row_figures,
+)
 from lp_plugin.bench.experiment.results import CaseResult, SimulatedRow
 from lp_plugin.bench.experiment.scaling import rates_by_family, simulated_cases
 from lp_plugin.bench.experiment.statistics import Ratio
@@ -96,20 +102,8 @@ def prediction_picture(cases: Sequence[CaseResult], path: Path) -> bool:
     lowest = min(min(measured, predicted) for _, measured, predicted in points)
     highest = max(max(measured, predicted) for _, measured, predicted in points)
     left.plot([lowest, highest], [lowest, highest], color="black", lw=0.8, ls=":")
-    for source, (colour, marker) in _SOURCES.items():
-        own = [(measured, predicted) for name, measured, predicted in points if name == source]
-        if own:
-            style: dict[str, Any] = {
-                "color": colour,
-                "marker": marker,
-                "ls": "",
-                "ms": 7,
-                "alpha": 0.75,
-                "label": source,
-            }
-            left.plot(*zip(*own, strict=True), **style)
-            errors = [(measured, 100 * (predicted / measured - 1)) for measured, predicted in own]
-            right.plot(*zip(*errors, strict=True), **style)
+    for source in _SOURCES:
+        _draw_predictions(left, right, source, [own for name, *own in points if name == source])
     right.axhline(0.0, color="black", lw=0.8, ls=":")
     if max(abs(predicted / measured - 1) for _, measured, predicted in points) > 0.5:
         right.set_yscale("symlog", linthresh=10)
@@ -120,13 +114,23 @@ def prediction_picture(cases: Sequence[CaseResult], path: Path) -> bool:
             axes.set_xscale("log")
         left.set_yscale("log")
         _label_decades(left.xaxis, left.yaxis, right.xaxis)
-    for axes in (left, right):
+    for axes, label in ((left, "predicted seconds"), (right, "error in %; band: 5%")):
         axes.set_xlabel("measured seconds of a trial")
-    left.set_ylabel("predicted seconds")
-    right.set_ylabel("error in %; band: 5%")
+        axes.set_ylabel(label)
     left.legend(fontsize=9, frameon=False)
     _finish(figure, "predicted against measured", path, left, right)
     return True
+
+
+def _draw_predictions(left: Any, right: Any, source: str, points: Sequence[Sequence[float]]) -> None:
+    """One source's: measured and predicted seconds on the left, errors on the right."""
+    if not points:
+        return
+    colour, marker = _SOURCES[source]
+    style: dict[str, Any] = {"color": colour, "marker": marker, "ls": "", "ms": 7, "alpha": 0.75, "label": source}
+    left.plot(*zip(*points, strict=True), **style)
+    errors = [(measured, 100 * (predicted / measured - 1)) for measured, predicted in points]
+    right.plot(*zip(*errors, strict=True), **style)
 
 
 def footprint_picture(case: CaseResult, path: Path) -> bool:

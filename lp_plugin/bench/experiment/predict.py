@@ -1,4 +1,4 @@
-"""What a configuration is expected to take, before it runs: seconds, work, messages, memory.
+"""What a configuration is expected to take, from what is known before its trials: seconds, work, messages, memory.
 
 Prefill: a drained pipeline of a replica's micro-batches; its hops run beside compute, but DeepSpeed's own
 ``eval_batch`` receives, computes and sends one after the other. Decode: a ring that is never drained; a stage receives
@@ -25,7 +25,7 @@ from lp_plugin.bench.experiment.costs import (
     timed_profile,
     ungrouped,
 )
-from lp_plugin.bench.experiment.messages import Messages
+from lp_plugin.bench.experiment.message_costs import Messages
 from lp_plugin.bench.experiment.results import Prediction
 from lp_plugin.bench.experiment.settings import Case, Configuration, Execution
 from lp_plugin.generate.planning import given_generation
@@ -57,12 +57,15 @@ def predictions(
 ) -> tuple[Prediction, ...]:
     """What the configuration should take by each source that there is.
 
+    DeepSpeed's own ``eval_batch`` is not predicted from timed layers: it runs transformers' kernels, while layers are
+    timed with our fewer ones.
+
     Args:
         case: Model and work.
         configuration: Strategy.
         boundaries: Half-open, one number more than stages.
         times: Of layers; the configuration's degree may be missing.
-        links: Measured; empty takes the cluster's.
+        links: Measured, of `links_of`; empty takes the cluster's.
         cluster: All devices, not grouped, by the catalogue.
         calibrated: The same by a calibration file; left out if it has too few devices.
         execution: As it will run, as far as it is known.
@@ -80,7 +83,7 @@ def predictions(
         found.append(_by_description("calibrated", case, configuration, boundaries, calibrated, execution, cores))
     rows = case.workload(configuration).chosen_micro_batch
     chosen = pick_times(times, configuration.strategy.tensor_parallel, execution, rows=rows)
-    if chosen is not None:
+    if chosen is not None and execution != "stock":
         messages = Messages(cluster=cluster, links=links_in(links, chosen.execution, case.phase))
         found.append(timed_prediction(case, configuration, boundaries, chosen, messages, execution, cores))
     return tuple(found)

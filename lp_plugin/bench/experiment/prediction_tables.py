@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from lp_plugin.bench.experiment.derived import error_summary, is_control, prediction_error, regrets, stage_errors
 from lp_plugin.bench.experiment.document import Figures
-from lp_plugin.bench.experiment.figures import error_summary, is_control, prediction_error, regrets, stage_errors
 from lp_plugin.bench.experiment.results import CaseResult
 from lp_plugin.bench.experiment.wording import boundaries_text, change_text, seconds_text, share_text
 

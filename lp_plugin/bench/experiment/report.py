@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from urllib.parse import unquote
 
 from rich.console import Console
 
-from lp_plugin.bench.experiment.device_tables import (
-    footprint_table,
-    memory_access_table,
-    memory_table,
-    time_split_table,
-)
-from lp_plugin.bench.experiment.document import Block, Files, Picture, Section, figures_table, tables_of
-from lp_plugin.bench.experiment.figures import (
+from lp_plugin.bench.experiment.derived import (
     baseline_row,
     bubble_limit,
     error_summary,
@@ -22,10 +17,16 @@ from lp_plugin.bench.experiment.figures import (
     proposed_row,
     row_figures,
 )
+from lp_plugin.bench.experiment.device_tables import (
+    footprint_table,
+    memory_access_table,
+    memory_table,
+    time_split_table,
+)
+from lp_plugin.bench.experiment.document import Block, Files, Picture, Section, figures_table, tables_of
 from lp_plugin.bench.experiment.html import as_html
 from lp_plugin.bench.experiment.markdown import as_markdown
 from lp_plugin.bench.experiment.paper import paper_table
-from lp_plugin.bench.experiment.perfetto import trace_of
 from lp_plugin.bench.experiment.pictures import (
     footprint_picture,
     performance_picture,
@@ -42,7 +43,7 @@ from lp_plugin.bench.experiment.tables import (
     consistency_table,
     performance_table,
 )
-from lp_plugin.bench.experiment.timelines import spans_picture, split_picture
+from lp_plugin.bench.experiment.timelines import spans_picture, split_picture, trace_of
 from lp_plugin.bench.experiment.wording import change_text, file_names, in_one_line, ratio_text, share_text, tokens_text
 from lp_plugin.errors import InvalidInputError
 from lp_plugin.files import write_atomically
@@ -52,13 +53,17 @@ __all__ = ["TABLES", "chosen_tables", "print_tables", "write_report"]
 TABLES = ("performance", "time-split", "memory-access", "footprint", "consistency", "scaling")
 """What can be asked for, in the order of the report."""
 
+_OWN_FILES = re.compile(
+    r"[^/]+-(performance|split|footprint)\.png|timeline-[^/]+--[^/]+\.(png|json)|(scaling|predictions)\.png"
+)
+
 
 def write_report(results: Results, folder: str | Path, tables: Sequence[str] = ()) -> tuple[Path, ...]:
     """Writes ``report.md``, ``report.html``, pictures and timelines; existing ones are replaced, each as a whole.
 
     Args:
         results: What was measured.
-        folder: Where to write; made if it is missing.
+        folder: Where to write. Pictures and timelines that the report there links, and this one does not, go.
         tables: Of `TABLES`; none means all.
 
     Returns:
@@ -69,14 +74,24 @@ def write_report(results: Results, folder: str | Path, tables: Sequence[str] = (
     """
     folder = Path(folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         blocks = _blocks(results, chosen_tables(tables), folder)
         written = (folder / "report.md", folder / "report.html")
+        before = _linked(written[0])
         write_atomically(written[0], as_markdown(results.title, blocks))
         write_atomically(written[1], as_html(results.title, blocks, folder))
+        for name in before - _linked(written[0]):
+            (folder / name).unlink(missing_ok=True)
     except OSError as error:
         raise InvalidInputError(f"the report can't be written to {folder}: {error}.") from error
     return written
+
+
+def _linked(report: Path) -> set[str]:
+    """Files beside a report that it has made itself: pictures and timelines, by the names that they get."""
+    if not report.is_file():
+        return set()
+    links = re.findall(r"\]\(([^()/]+)\)", report.read_text(encoding="utf-8", errors="replace"))
+    return {name for name in map(unquote, links) if _OWN_FILES.fullmatch(name)}
 
 
 def print_tables(console: Console, results: Results, tables: Sequence[str] = ()) -> None:
@@ -162,13 +177,16 @@ def _finding(case: CaseResult) -> str:
     failed = [row.name for row in case.rows if row.reason]
     if failed:
         parts.append(f"left out: {', '.join(failed)}")
+    if case.note:
+        parts.append(in_one_line(case.note))
     return "; ".join(parts) + "."
 
 
 def _performance(case: CaseResult, folder: Path | None, file: str) -> list[Block]:
     if not case.rows:
         return [case_line(case), f"Not run: {in_one_line(case.reason)}"]
-    blocks: list[Block | None] = [case_line(case), performance_table(case)]
+    note = f"{case.name} {in_one_line(case.note)}." if case.note else None
+    blocks: list[Block | None] = [case_line(case), note, performance_table(case)]
     if folder is not None and performance_picture(case, folder / f"{file}-performance.png"):
         caption = f"{case.name}: tokens per second, and the ratio to {case.baseline}"
         blocks.append(Picture(file=f"{file}-performance.png", caption=caption))

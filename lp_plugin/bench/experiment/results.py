@@ -52,7 +52,7 @@ class Environment:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prediction:
-    """What a configuration was expected to take, before it ran."""
+    """What a configuration was expected to take, by what was known before its trials."""
 
     source: Literal["catalogue", "calibrated", "timed layers"]
     """Device and links from the catalogue, from a calibration file, or layers timed alone on this machine."""
@@ -89,7 +89,8 @@ class Row:
     reason: str = ""
     """Why it did not run, or not to the end; empty if all went well."""
     seconds: tuple[float, ...] = ()
-    """Of each trial: prefill, the whole batch; decode, from all sequences' first tokens to the last token."""
+    """Of each trial: prefill, the whole batch; decode, all tokens but each sequence's first, at the pace of those that
+    come after the last sequence's first token."""
     first_token_seconds: tuple[float, ...] = ()
     """Of each trial: until the first result (prefill: the first micro-batch's; decode: median first token)."""
     token_seconds: tuple[float, ...] = ()
@@ -105,7 +106,7 @@ class Row:
     peak_bandwidth: float = 0.0
     """Of all devices used, nominal, bytes per second; 0 if unknown."""
     predictions: tuple[Prediction, ...] = ()
-    """Made before it ran."""
+    """Made before its trials; none of layers timed alone for DeepSpeed's own ``eval_batch``."""
     memory: tuple[Memory, ...] = ()
     """Of each rank used."""
     split: tuple[TimeSplit, ...] = ()
@@ -147,6 +148,8 @@ class CaseResult:
     """What ratios refer to."""
     reason: str = ""
     """Why there are no rows; empty if there are."""
+    note: str = ""
+    """In words that follow the name: what went wrong after the trials, so that what comes later is missing."""
     rows: tuple[Row, ...] = ()
     """In the order of the file, the A/A control last."""
     turns: tuple[str, ...] = ()
@@ -154,7 +157,9 @@ class CaseResult:
     layers: tuple[LayerTimes, ...] = ()
     """Timed alone before the trials."""
     links: Links = field(default_factory=Links)
-    """Timed before the trials."""
+    """Timed before the trials, over all processes."""
+    group_links: tuple[Links, ...] = ()
+    """The same over the first ranks, as many as share a layer where these are some of all."""
     environment: Environment | None = None
     """Of the processes."""
 

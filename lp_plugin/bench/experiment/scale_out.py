@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from lp_plugin.bench.experiment.choose import boundaries_of
-from lp_plugin.bench.experiment.costs import counted_profile, launched, links_in, pick_times, replica
-from lp_plugin.bench.experiment.messages import Messages
+from lp_plugin.bench.experiment.costs import counted_profile, launched, links_in, links_of, pick_times, replica
+from lp_plugin.bench.experiment.message_costs import Messages
 from lp_plugin.bench.experiment.predict import timed_prediction
 from lp_plugin.bench.experiment.results import CaseResult, Environment, Prediction, SimulatedRow
 from lp_plugin.bench.experiment.settings import Case, Configuration, Experiment, ScaleOut, WantedTimes
@@ -113,7 +113,6 @@ def _rows(case: Case, result: CaseResult, scale: ScaleOut, count: int) -> Iterat
     known = _device(result.environment)
     measured_on = known or cluster.devices[0]
     alike = count > 1 and load_link(measured_on.name) == cluster.links[0]
-    links = result.links if alike else Links()
     for strategy, granularity in _simulated(case, scale, count):
         configuration = Configuration(name=strategy.label, strategy=strategy)
         empty = SimulatedRow(
@@ -133,6 +132,8 @@ def _rows(case: Case, result: CaseResult, scale: ScaleOut, count: int) -> Iterat
             reason = result.reason or f"no {granularity}s were timed with tensor parallelism {strategy.tensor_parallel}"
             yield dataclasses.replace(empty, reason=reason)
             continue
+        ranks = strategy.tensor_parallel
+        links = links_of(result.links, result.group_links, ranks) if alike else Links()
         setting = _Setting(case, larger, configuration, cluster, measured_on, links)
         try:
             row = setting.row(empty, timed)

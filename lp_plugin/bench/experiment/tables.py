@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from lp_plugin.bench.experiment.document import Figures
-from lp_plugin.bench.experiment.figures import (
+from lp_plugin.bench.experiment.derived import (
+    BubbleLimit,
     baseline_row,
     bubble_limit,
     control_row,
@@ -11,6 +11,7 @@ from lp_plugin.bench.experiment.figures import (
     num_micro_batches,
     row_figures,
 )
+from lp_plugin.bench.experiment.document import Figures
 from lp_plugin.bench.experiment.results import CaseResult, Row
 from lp_plugin.bench.experiment.statistics import Ratio, ratio_of_rates, spread
 from lp_plugin.bench.experiment.wording import (
@@ -54,37 +55,44 @@ def case_line(case: CaseResult) -> str:
 
 def performance_table(case: CaseResult) -> Figures:
     """A row per configuration: rate, ratio to the baseline, latencies, use of the hardware."""
-    rows = []
-    for row in case.rows:
-        figures = row_figures(case, row)
-        if figures.rate is None:
-            rows.append((row.name, row.execution, "left out", *[""] * 7, in_one_line(row.reason)))
-            continue
-        is_baseline = row is baseline_row(case)
-        rows.append(
-            (
-                row.name,
-                row.execution,
-                tokens_text(figures.rate.median),
-                "1 (baseline)" if is_baseline else ratio_text(figures.ratio),
-                seconds_text(figures.seconds_per_token),
-                seconds_text(figures.token_seconds) if case.phase == "decode" else "",
-                seconds_text(figures.first_token_seconds),
-                "" if figures.flops_fraction is None else share_text(figures.flops_fraction),
-                "" if figures.bandwidth_fraction is None else share_text(figures.bandwidth_fraction),
-                share_text(figures.rate.relative_deviation, 2) if figures.rate.count > 1 else "",
-                in_one_line(in_one_line(row.reason)),
-            )
-        )
-    first = (
-        "TTFT: until a sequence's first token, median sequence"
-        if case.phase == "decode"
-        else ("TTFT: until the first micro-batch's result, run by itself")
+    headings = ("configuration", "execution", "tokens/s", "ratio", "1/TPS", "TPOT", "TTFT", "MFU", "HBM share")
+    return Figures(
+        title="Performance",
+        headings=(*headings, "deviation", "note"),
+        rows=tuple(_performance_row(case, row) for row in case.rows),
+        texts=frozenset({0, 1, 10}),
+        notes=_performance_notes(case),
+    ).without_empty()
+
+
+def _performance_row(case: CaseResult, row: Row) -> tuple[str, ...]:
+    figures = row_figures(case, row)
+    if figures.rate is None:
+        return (row.name, row.execution, "left out", *[""] * 7, in_one_line(row.reason))
+    return (
+        row.name,
+        row.execution,
+        tokens_text(figures.rate.median),
+        "1 (baseline)" if row is baseline_row(case) else ratio_text(figures.ratio),
+        seconds_text(figures.seconds_per_token),
+        seconds_text(figures.token_seconds) if case.phase == "decode" else "",
+        seconds_text(figures.first_token_seconds),
+        "" if figures.flops_fraction is None else share_text(figures.flops_fraction),
+        "" if figures.bandwidth_fraction is None else share_text(figures.bandwidth_fraction),
+        share_text(figures.rate.relative_deviation, 2) if figures.rate.count > 1 else "",
+        in_one_line(row.reason),
     )
-    notes = [
+
+
+def _performance_notes(case: CaseResult) -> tuple[str, ...]:
+    own, first = "", "until the first micro-batch's result, run by itself"
+    if case.phase == "decode":
+        own = "; TPOT is a sequence's own time per token, median sequence"
+        first = "until a sequence's first token, median sequence"
+    rates = (
         "tokens/s: median of the trials; ratio: over the baseline's, with its 95% bootstrap interval over paired "
-        f"trials. 1/TPS is the machine's time per token{_sequences_own(case)}. {first}."
-    ]
+        f"trials. 1/TPS is the machine's time per token{own}. TTFT: {first}."
+    )
     unknown = [
         name
         for name, known in (
@@ -94,70 +102,45 @@ def performance_table(case: CaseResult) -> Figures:
         if not known
     ]
     if unknown:
-        notes.append(f"{' and '.join(unknown)}: not measured, since the peak of this device is not known.")
-    else:
-        notes.append(
-            "MFU: counted operations per second over the devices' peak. HBM share: counted bytes per second over their "
-            "nominal bandwidth."
-        )
-    headings = ("configuration", "execution", "tokens/s", "ratio", "1/TPS", "TPOT", "TTFT", "MFU", "HBM share")
-    return Figures(
-        title="Performance",
-        headings=(*headings, "deviation", "note"),
-        rows=tuple(rows),
-        texts=frozenset({0, 1, 10}),
-        notes=tuple(notes),
-    ).without_empty()
-
-
-def _sequences_own(case: CaseResult) -> str:
-    return "; TPOT is a sequence's own time per token, median sequence" if case.phase == "decode" else ""
+        return rates, f"{' and '.join(unknown)}: not measured, since the peak of this device is not known."
+    return rates, (
+        "MFU: counted operations per second over the devices' peak. HBM share: counted bytes per second over their "
+        "nominal bandwidth."
+    )
 
 
 def bubble_table(case: CaseResult) -> Figures | None:
     """How close each pipeline came to what its stages could do; None unless stages were timed alone."""
-    rows = []
-    for row in case.rows:
-        limit = bubble_limit(case, row)
-        if limit is None or is_control(case, row):
-            continue
-        rows.append(
-            (
-                row.name,
-                f"{limit.num_micro_batches:,}",
-                str(row.pipeline_parallel),
-                share_text(limit.bound),
-                seconds_text(limit.slowest_seconds),
-                tokens_text(limit.rate_at_bound),
-                share_text(limit.share_of_bound),
-                tokens_text(limit.rate_of_stages),
-                share_text(limit.share_of_stages),
-                "" if limit.ratio_without_bubble is None else ratio_text(limit.ratio_without_bubble),
-            )
-        )
+    limits = [(row, bubble_limit(case, row)) for row in case.rows if not is_control(case, row)]
+    rows = tuple(_bubble_row(row, limit) for row, limit in limits if limit is not None)
     if not rows:
         return None
+    headings = ("configuration", "m", "p", "m/(m+p-1)", "slowest stage alone", "bound, tokens/s", "reached")
     return Figures(
         title="Against the bubble bound",
-        headings=(
-            "configuration",
-            "m",
-            "p",
-            "m/(m+p-1)",
-            "slowest stage alone",
-            "bound, tokens/s",
-            "reached",
-            "limit of its stages, tokens/s",
-            "reached",
-            "ratio without bubble",
-        ),
-        rows=tuple(rows),
+        headings=(*headings, "limit of its stages, tokens/s", "reached", "ratio without bubble"),
+        rows=rows,
         notes=(
             "m micro-batches of a replica, p stages. Bound: m/(m+p-1) times the rate of the slowest stage timed "
             "alone, as for equal stages. Limit of its stages: the drained schedule with every stage's own time, "
             "transfers free. Without bubble: the ratio if both sides' pipelines were always full.",
         ),
     ).without_empty()
+
+
+def _bubble_row(row: Row, limit: BubbleLimit) -> tuple[str, ...]:
+    return (
+        row.name,
+        f"{limit.num_micro_batches:,}",
+        str(row.pipeline_parallel),
+        share_text(limit.bound),
+        seconds_text(limit.slowest_seconds),
+        tokens_text(limit.rate_at_bound),
+        share_text(limit.share_of_bound),
+        tokens_text(limit.rate_of_stages),
+        share_text(limit.share_of_stages),
+        "" if limit.ratio_without_bubble is None else ratio_text(limit.ratio_without_bubble),
+    )
 
 
 def consistency_table(case: CaseResult) -> Figures:
@@ -180,7 +163,7 @@ def consistency_table(case: CaseResult) -> Figures:
                 f"{tokens_text(rate.lowest)} .. {tokens_text(rate.highest)}",
                 _gain(ratio),
                 _gain_range(row, baseline) if ratio is not None else "",
-                in_one_line(in_one_line(row.reason)),
+                in_one_line(row.reason),
             )
         )
     return Figures(
@@ -203,7 +186,7 @@ def consistency_table(case: CaseResult) -> Figures:
 
 
 def _consistency_notes(case: CaseResult) -> list[str]:
-    notes = []
+    notes = ["A trial of short batches is the median of several."]
     if case.turns:
         shown = ", ".join(case.turns[:20]) + (", ..." if len(case.turns) > 20 else "")
         notes.append(f"Trials took turns: {shown}.")

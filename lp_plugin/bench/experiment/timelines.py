@@ -1,7 +1,9 @@
-"""Pictures of profiled trials: where each rank's time went, and what it did when."""
+"""Profiled trials: where each rank's time went, and what it did when, as pictures and as traces for Perfetto."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ from lp_plugin.bench.experiment.results import CaseResult, Row
 from lp_plugin.measured import TimeSplit
 from lp_plugin.picture import save_figure
 
-__all__ = ["spans_picture", "split_picture"]
+__all__ = ["spans_picture", "split_picture", "trace_of"]
 
 _PARTS = {
     "compute alone": "#4477aa",
@@ -116,3 +118,36 @@ def spans_picture(case: CaseResult, row: Row, path: Path) -> bool:
 def _draw_lane(axes: Any, place: int, spans: list[tuple[float, float]], colour: str) -> None:
     if spans:
         axes.broken_barh(spans, (place - 0.38, 0.76), facecolors=colour, edgecolors="none")
+
+
+def trace_of(row: Row) -> str:
+    """Spans as Chrome trace events, which Perfetto (https://ui.perfetto.dev) opens, in microseconds.
+
+    JSON with a process per rank, a thread per lane and a complete event per span.
+
+    Source:
+        Trace Event Format, Google, 2016: "Complete Events" and "Metadata Events".
+    """
+    return json.dumps({"displayTimeUnit": "ms", "traceEvents": list(_events(row))}) + "\n"
+
+
+def _events(row: Row) -> Iterator[dict[str, Any]]:
+    for split in row.split:
+        yield _named("process", split.rank, 0, f"rank {split.rank}")
+        lanes = {lane: number for number, lane in enumerate(dict.fromkeys(span.lane for span in split.spans))}
+        for lane, number in lanes.items():
+            yield _named("thread", split.rank, number, lane)
+        for span in split.spans:
+            yield {
+                "ph": "X",
+                "name": span.name,
+                "cat": span.kind,
+                "pid": split.rank,
+                "tid": lanes[span.lane],
+                "ts": span.start_seconds * 1e6,
+                "dur": (span.stop_seconds - span.start_seconds) * 1e6,
+            }
+
+
+def _named(what: str, rank: int, lane: int, name: str) -> dict[str, Any]:
+    return {"ph": "M", "name": f"{what}_name", "pid": rank, "tid": lane, "args": {"name": name}}

@@ -10,21 +10,22 @@ from typing import Literal
 
 import torch
 from deepspeed import comm as dist
+from torch import distributed
 
 from lp_plugin.bench.experiment.agreement import together
 from lp_plugin.bench.experiment.contender import Outputs, Trial
 from lp_plugin.bench.experiment.engines import Engines
-from lp_plugin.bench.experiment.entries import Entry, Measured, again, build_entry, running
+from lp_plugin.bench.experiment.entries import Entry, Measured, again, build_entry, control_apart, running
 from lp_plugin.bench.experiment.environment import describe_environment, device_name
 from lp_plugin.bench.experiment.insight import count_sent, counted, profile_entries
-from lp_plugin.bench.experiment.job import CaseJob, LeftOutError, case_fields, note_reason
+from lp_plugin.bench.experiment.job import CaseJob, LeftOutError, case_fields, keep_measured, note_reason
+from lp_plugin.bench.experiment.progress import Steps
 from lp_plugin.bench.experiment.results import CaseResult
-from lp_plugin.bench.experiment.settings import Execution, WantedTimes
-from lp_plugin.bench.experiment.steps import Steps
+from lp_plugin.bench.experiment.settings import Case, Execution, WantedTimes
 from lp_plugin.bench.experiment.trials import differs, passes_per_turn, take_turn, turn_order, warm_up
 from lp_plugin.errors import HardwareError
 from lp_plugin.hardware import Cluster
-from lp_plugin.integrations.transformers.layer_times import time_model_layers
+from lp_plugin.integrations.deepspeed.alone.layer_times import time_model_layers
 from lp_plugin.job.ranks import agree, gather, run_rank
 from lp_plugin.measure.device import detect_device
 from lp_plugin.measure.links import time_links
@@ -54,31 +55,38 @@ def _run(job: CaseJob) -> CaseResult | None:
     if job.has_rows:
         entries = _build(job, measured, steps)
         _check_outputs(job, entries, steps)
+    environment = describe_environment(gather(device_name()))
+
+    def found() -> CaseResult:
+        return CaseResult(
+            **case_fields(job.case),
+            rows=tuple(entry.row() for entry in entries),
+            turns=tuple(turns),
+            layers=measured.times,
+            links=measured.links,
+            group_links=measured.group_links,
+            environment=environment,
+        )
+
+    is_first = dist.get_rank() == 0
     if job.has_trials:
-        turns = _take_turns(job, entries, steps)
+        turns += _take_turns(job, entries, steps)
+        if is_first:
+            keep_measured(job, found())
     if "time-split" in job.tables:
         profile_entries(entries, steps)
     if "memory-access" in job.tables and job.case.counters:
-        count_sent(job, counted(job.case, entries), steps)
+        count_sent(job, counted(job.case, entries), measured.cluster, steps)
     for entry in entries:
         entry.release()  # graphs have to go before the process groups that they use
     steps.end()
-    environment = describe_environment(gather(device_name()))
-    if dist.get_rank():
-        return None
-    return CaseResult(
-        **case_fields(job.case),
-        rows=tuple(entry.row() for entry in entries),
-        turns=tuple(turns),
-        layers=measured.times,
-        links=measured.links,
-        environment=environment,
-    )
+    return found() if is_first else None
 
 
 def _measure(job: CaseJob, steps: Steps) -> Measured:
     cluster, is_known = _cluster(job)
     links = time_links(_device()) if job.case.processes > 1 else Links()
+    group_links = tuple(_group_links(ranks) for ranks in _group_sizes(job.case))
     times: list[LayerTimes] = []
     for wanted, execution in _to_time(job):
         what = f"timing {wanted.granularity}s alone, TP={wanted.tensor_parallel}, {wanted.rows} rows, {execution}"
@@ -94,7 +102,31 @@ def _measure(job: CaseJob, steps: Steps) -> Measured:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()  # copies of layers, and graphs over them
     calibrated = None if job.calibration is None else Cluster.from_toml(job.calibration)
-    return Measured(cluster=cluster, calibrated=calibrated, is_known=is_known, times=tuple(times), links=links)
+    return Measured(
+        cluster=cluster,
+        calibrated=calibrated,
+        is_known=is_known,
+        times=tuple(times),
+        links=links,
+        group_links=group_links,
+    )
+
+
+def _group_sizes(case: Case) -> list[int]:
+    """Ranks that share a layer, where these are some of all."""
+    sizes = {configuration.strategy.tensor_parallel for configuration in case.configurations}
+    return sorted(size for size in sizes if 1 < size < case.processes)
+
+
+def _group_links(ranks: int) -> Links:
+    """Messages among the first ranks, while the others rest; collective over all."""
+    group = distributed.new_group(list(range(ranks)))
+    takes_part = dist.get_rank() < ranks
+    links = time_links(_device(), group) if takes_part else None
+    dist.barrier()
+    if takes_part:
+        distributed.destroy_process_group(group)
+    return agree(links)
 
 
 def _time(job: CaseJob, cluster: Cluster, wanted: WantedTimes, execution: Timed) -> LayerTimes | None:
@@ -159,9 +191,10 @@ def _device() -> torch.device:
 
 
 def _build(job: CaseJob, measured: Measured, steps: Steps) -> list[Entry]:
+    """Every configuration, in the order of the file; the baseline is built first, so that it finds room."""
     engines = Engines(job, measured.cluster)
-    entries = []
-    for configuration in job.case.configurations:
+    entries = {}
+    for configuration in sorted(job.case.configurations, key=lambda each: each.name != job.case.baseline):
         steps.begin(f"building {configuration.name}", configuration.name)
         entry = build_entry(job, configuration, engines, measured)
         fields = entry.fields
@@ -171,8 +204,8 @@ def _build(job: CaseJob, measured: Measured, steps: Steps) -> list[Entry]:
             owner = entry.contender.built.made_for
             shared = "" if owner == entry.name else f", on the engine of {owner}"
             steps.say(f"{entry.name} is built, {fields['execution']}, boundaries {list(fields['boundaries'])}{shared}")
-        entries.append(entry)
-    return entries
+        entries[configuration.name] = entry
+    return [entries[configuration.name] for configuration in job.case.configurations]
 
 
 def _check_outputs(job: CaseJob, entries: list[Entry], steps: Steps) -> None:
@@ -193,7 +226,7 @@ def _check_outputs(job: CaseJob, entries: list[Entry], steps: Steps) -> None:
 def _take_turns(job: CaseJob, entries: list[Entry], steps: Steps) -> list[str]:
     """Trials of all, the baseline a second time as the control; names in order of the turns."""
     entries += [again(entry) for entry, _ in running(entries) if entry.name == job.case.baseline]
-    there = running(entries)
+    there = control_apart(running(entries), job.case.baseline)
     passes: list[int] = []
     for entry, contender in there:
         steps.begin(f"warming up {entry.name}", entry.configuration.name)

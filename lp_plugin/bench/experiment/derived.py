@@ -9,6 +9,9 @@ from dataclasses import dataclass
 
 from lp_plugin.bench.experiment.results import CaseResult, Prediction, Row
 from lp_plugin.bench.experiment.statistics import Ratio, Spread, ratio_of_rates, spread
+from lp_plugin.errors import InvalidInputError
+from lp_plugin.measured import LayerTimes, Links
+from lp_plugin.model import LayerCost, ModelProfile
 from lp_plugin.schedule import bubble_bound, makespan_seconds
 
 __all__ = [
@@ -19,10 +22,16 @@ __all__ = [
     "baseline_row",
     "bubble_limit",
     "control_row",
+    "counted_dram_bytes",
+    "dram_bytes",
     "error_summary",
+    "first_block",
     "is_control",
+    "layer_rest_bytes",
+    "link_share",
     "num_micro_batches",
     "prediction_error",
+    "profile_of",
     "proposed_row",
     "regrets",
     "row_figures",
@@ -220,6 +229,60 @@ def error_summary(cases: Iterable[CaseResult]) -> tuple[ErrorSummary, ...]:
         middle = statistics.median(abs(error) for error, _ in found)
         summaries.append(ErrorSummary(source=source, count=len(found), median=middle, worst=worst, where=where))
     return tuple(summaries)
+
+
+def dram_bytes(row: Row) -> float | None:
+    """Device memory read and written for one micro-batch, by all devices of a replica; None if not measured."""
+    each = [
+        counters.dram_read_bytes + counters.dram_write_bytes
+        for counters in row.counters
+        if counters.dram_read_bytes is not None and counters.dram_write_bytes is not None
+    ]
+    return sum(each) * row.tensor_parallel if each and len(each) == row.pipeline_parallel else None
+
+
+def counted_dram_bytes(row: Row) -> float | None:
+    """The same as the planner counts it; None if counters were not asked for."""
+    if len(row.counters) != row.pipeline_parallel:
+        return None
+    return row.tensor_parallel * sum(
+        counters.counted_bytes * (1 - counters.predicted_hit_fraction) for counters in row.counters
+    )
+
+
+def link_share(row: Row, links: Links) -> float | None:
+    """The busiest stage's bytes over NVLink per second of a trial, over the fastest message's rate.
+
+    None if they were not counted, and of decoding, whose seconds leave out the prompts that bytes were counted with.
+    """
+    if row.token_seconds:
+        return None
+    best = max(
+        (size / seconds for size, seconds in zip(links.send_bytes, links.send_seconds, strict=True)), default=0.0
+    )
+    measured = [counters.nvlink_bytes for counters in row.counters if counters.nvlink_bytes is not None]
+    return max(measured) / row.median_seconds / best if measured and row.seconds and best else None
+
+
+def profile_of(case: CaseResult, times: LayerTimes) -> ModelProfile | None:
+    """The layers that were timed, as the planner describes them; None if it can't any more."""
+    try:
+        profile = ModelProfile.from_config(case.model, dtype=case.dtype, granularity=times.granularity)
+        profile = profile.sharded(times.tensor_parallel) if times.tensor_parallel > 1 else profile
+    except InvalidInputError:
+        return None
+    return profile if profile.num_layers == len(times.seconds) else None
+
+
+def first_block(profile: ModelProfile) -> int | None:
+    """Position of the first layer that belongs to a transformer block; None if there is none."""
+    return next((place for place, layer in enumerate(profile.layers) if layer.block is not None), None)
+
+
+def layer_rest_bytes(case: CaseResult, times: LayerTimes, layer: LayerCost) -> float:
+    """What the planner expects beside a layer's weights and input: its output and buffers, for one micro-batch."""
+    tokens = times.rows * (case.sequence if case.phase == "prefill" else 1)
+    return tokens * (layer.output_bytes_per_token + layer.buffer_bytes_per_token)
 
 
 def _sources(rows: Iterable[Row]) -> list[str]:

@@ -20,9 +20,9 @@ import torch
 from transformers import PretrainedConfig
 
 from lp_plugin.errors import RuntimeEnvironmentError
+from lp_plugin.integrations.deepspeed.alone.passes import Execution, Passes, Shape, make_passes
+from lp_plugin.integrations.deepspeed.alone.stages import read_mapping, stage_of_copies, stored_bytes
 from lp_plugin.integrations.transformers.decoder import DecoderStage
-from lp_plugin.integrations.transformers.lone_layers import read_mapping, stage_of_copies, stored_bytes
-from lp_plugin.integrations.transformers.lone_passes import Execution, Passes, Shape, make_passes
 from lp_plugin.measure.turns import seconds_in_turns
 from lp_plugin.measured import LayerTimes
 from lp_plugin.model import LayerCost, ModelProfile
@@ -104,6 +104,7 @@ class _Timed:
     resident_seconds: float | None
     weight_bytes: int
     peak_bytes: int | None
+    spread: float
     launch_seconds: float = 0.0
     pass_seconds: float = 0.0
 
@@ -149,6 +150,7 @@ class _Bench:
             peak_bytes=tuple(layer.peak_bytes for layer in layers),
             launch_seconds=max(layer.launch_seconds for layer in layers),
             pass_seconds=max(layer.pass_seconds for layer in layers),
+            spread=max(layer.spread for layer in layers),
         )
 
     def _capturable(self) -> bool:
@@ -199,7 +201,8 @@ class _Bench:
         if resides:
             passes.append(self._passes(one))
             peak_bytes = passes[2].peak_bytes
-        few, many, *alone = seconds_in_turns([each.ready() for each in passes], self.device, warm_up_seconds=1.0)
+        timed = seconds_in_turns([each.ready() for each in passes], self.device, warm_up_seconds=1.0)
+        few, many, *alone = (each.seconds for each in timed)
         seconds = max((many - few) / (more - copies), 0.0)
         pass_seconds = max(few - copies * seconds, 0.0)
         resident = max(alone[0] - pass_seconds, 0.0) if alone else seconds
@@ -208,6 +211,7 @@ class _Bench:
             resident_seconds=resident if self.fits[index] else None,
             weight_bytes=weight_bytes,
             peak_bytes=peak_bytes,
+            spread=max(each.spread for each in timed),
             launch_seconds=launch_seconds,
             pass_seconds=pass_seconds,
         )
@@ -221,7 +225,8 @@ class _Bench:
         passes = [lone, self._passes(self._stage(index, index))]
         if self.fits[index] and copies > 1:
             passes.append(self._passes(self._stage(index, index + 1)))
-        with_layer, without, *alone = seconds_in_turns([each.ready() for each in passes], self.device)
+        timed = seconds_in_turns([each.ready() for each in passes], self.device)
+        with_layer, without, *alone = (each.seconds for each in timed)
         seconds = max(with_layer - without, 0.0)
         resident = max(alone[0] - without, 0.0) if alone else seconds
         return _Timed(
@@ -229,4 +234,5 @@ class _Bench:
             resident_seconds=resident if self.fits[index] else None,
             weight_bytes=weight_bytes,
             peak_bytes=lone.peak_bytes,
+            spread=max(each.spread for each in timed),
         )

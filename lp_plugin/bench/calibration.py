@@ -12,11 +12,11 @@ from deepspeed import comm as dist
 from rich.console import Console
 
 from lp_plugin.errors import HardwareError
-from lp_plugin.files import check_folder, check_target
+from lp_plugin.files import check_output
 from lp_plugin.hardware.catalogue import catalogue, load_device, load_link
 from lp_plugin.hardware.writing import write_cluster
+from lp_plugin.integrations.deepspeed.alone.layer_times import time_model_layers
 from lp_plugin.integrations.deepspeed.engine import init_distributed
-from lp_plugin.integrations.transformers.layer_times import time_model_layers
 from lp_plugin.job.launch import launch_local
 from lp_plugin.job.ranks import gather
 from lp_plugin.measure.bandwidth import copy_rates, find_caches
@@ -26,6 +26,7 @@ from lp_plugin.measure.device import catalogue_name, device_name
 from lp_plugin.measure.launches import launch_seconds
 from lp_plugin.measure.links import time_links
 from lp_plugin.measure.matmul import matmul_rates
+from lp_plugin.measured import LayerTimes
 from lp_plugin.model import ModelProfile
 from lp_plugin.picture import check_picture
 from lp_plugin.report import console
@@ -56,16 +57,24 @@ def calibrate_host(console: Console, *, output: Path, processes: int | None, pic
         picture: Where to draw; None for nowhere.
 
     Raises:
-        HardwareError: If the file can't be written, or the host has fewer GPUs, or unequal ones.
+        InvalidInputError: If the file or the picture can't be written.
+        HardwareError: If the file's name has another ending, the host has fewer GPUs, or unequal ones, or is too busy.
     """
     gpus = torch.cuda.device_count()
     count = processes or gpus or _CPU_PROCESSES
     if gpus and count > gpus:
         raise HardwareError(f"{count} GPUs were asked for, but this host shows {gpus}; ask for 1 to {gpus}.")
-    _check_output(output)
+    if output.suffix != ".toml":
+        raise HardwareError(f"the cluster file can't be written to {output}: give a name that ends in .toml.")
+    check_output(output, "the cluster file")
     if picture is not None:
         check_picture(picture)
     calibration: Calibration = launch_local(count, calibrate_rank)
+    if not calibration.layer.seconds:
+        raise HardwareError(
+            "a stage of several large layers took no longer than one of few: other programs use the machine; "
+            "measure again when nothing else runs."
+        )
     is_known = gpus > 0 and calibration.name in catalogue()
     known = load_device(calibration.name) if is_known else None
     cluster = calibrated_cluster(calibration, known, load_link(calibration.name) if is_known else None)
@@ -76,18 +85,6 @@ def calibrate_host(console: Console, *, output: Path, processes: int | None, pic
     if picture is not None:
         calibration_picture(calibration, picture)
         console.print(f"drawn: {picture}")
-
-
-def _check_output(output: Path) -> None:
-    if output.suffix != ".toml" or not output.resolve().parent.is_dir():
-        raise HardwareError(
-            f"the cluster file can't be written to {output}: give a name that ends in .toml, in a folder that exists."
-        )
-    try:
-        check_target(output)
-        check_folder(output.resolve().parent)
-    except OSError as error:
-        raise HardwareError(f"the cluster file can't be written to {output}: {error}.") from None
 
 
 def calibrate_rank() -> Calibration | None:
@@ -124,8 +121,8 @@ def _measured(device: torch.device, hardware: str) -> Calibration | None:
     copies = copy_rates(device, caches)
     _say("launches and a tiny layer")
     launches = launch_seconds(device)
-    eager = _tiny_layer_seconds(device, replayed=False)
-    replayed = _tiny_layer_seconds(device, replayed=True) if device.type == "cuda" else None
+    eager = _tiny_layer(device, replayed=False)
+    replayed = _tiny_layer(device, replayed=True) if device.type == "cuda" else None
     _say("a large layer")
     layer = _large_layer(device)
     _say("messages")
@@ -145,8 +142,9 @@ def _measured(device: torch.device, hardware: str) -> Calibration | None:
         copies=copies,
         launches=launches,
         layer=layer,
-        eager_layer_seconds=eager,
-        replayed_layer_seconds=replayed,
+        eager_layer_seconds=eager.seconds[_BLOCK],
+        replayed_layer_seconds=None if replayed is None else replayed.seconds[_BLOCK],
+        layer_spread=max(each.spread for each in (eager, replayed) if each is not None),
         links=links,
     )
 
@@ -158,8 +156,8 @@ def _say(step: str) -> None:
         console().print(f"measuring {step} ...")
 
 
-def _tiny_layer_seconds(device: torch.device, *, replayed: bool) -> float:
-    times = time_model_layers(
+def _tiny_layer(device: torch.device, *, replayed: bool) -> LayerTimes:
+    return time_model_layers(
         _TINY,
         dtype=_LARGE[device.type][1],
         device=device,
@@ -168,7 +166,6 @@ def _tiny_layer_seconds(device: torch.device, *, replayed: bool) -> float:
         execution="graphs" if replayed else "eager",
         first_tier_bytes=0,
     )
-    return times.seconds[_BLOCK]
 
 
 def _large_layer(device: torch.device) -> LayerRate:
@@ -185,6 +182,7 @@ def _large_layer(device: torch.device) -> LayerRate:
         dtype=dtype,
         flops=float(table.flops[_BLOCK]),
         seconds=times.seconds[_BLOCK],
+        spread=times.spread,
         shape=f"llama layer of hidden size {shape['hidden_size']}, {tokens} tokens, {dtype}",
     )
 

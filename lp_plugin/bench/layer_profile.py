@@ -8,19 +8,20 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from lp_plugin.errors import InvalidInputError, WorkloadError
-from lp_plugin.files import check_folder, check_target, write_atomically
+from lp_plugin.errors import WorkloadError
+from lp_plugin.files import check_output, write_atomically
 from lp_plugin.generate.static_layers import last_logits, on_static_caches, replayed
 from lp_plugin.hardware import Cluster
-from lp_plugin.integrations.transformers.layer_times import time_model_layers
+from lp_plugin.integrations.deepspeed.alone.layer_times import time_model_layers
 from lp_plugin.measure.device import detect_device
+from lp_plugin.measure.turns import NOISE, UNSTEADY, format_difference
 from lp_plugin.measured import LayerTimes
 from lp_plugin.model import ModelProfile
 from lp_plugin.model.architecture import read_config
@@ -70,42 +71,43 @@ def profile_model(
         LpPluginError: Any of its kinds, before anything is timed.
     """
     if output is not None:
-        _check_output(output)
+        check_output(output, "the times")
     whole = ModelProfile.from_config(model, dtype=dtype, granularity=granularity)
     _check_asked(whole, sequence, stages)
+    count = stages or 1
     asked = _Asked(
         profile=whole.sharded(tensor_parallel) if tensor_parallel > 1 else whole,
-        cluster=_cluster(cluster, (stages or 1) * tensor_parallel).grouped(tensor_parallel),
+        cluster=_cluster(cluster, count * tensor_parallel).grouped(tensor_parallel),
         workload=Workload(
-            phase=phase,
-            batch=micro_batch * _MICRO_BATCHES * (stages or 1),
-            sequence=sequence,
-            micro_batch=micro_batch,
+            phase=phase, batch=micro_batch * _MICRO_BATCHES * count, sequence=sequence, micro_batch=micro_batch
         ),
     )
-    cuda = torch.cuda.is_available()
-    with _one_thread():
-        times = time_model_layers(
-            read_config(model),
-            dtype=whole.dtype,
-            device=torch.device("cuda", 0) if cuda else torch.device("cpu"),
-            rows=micro_batch,
-            tokens=sequence,
-            cache_length=sequence if phase == "decode" else 0,
-            tensor_parallel=tensor_parallel,
-            execution="graphs" if cuda and phase == "decode" else "eager",
-            granularity=granularity,
-            first_tier_bytes=asked.first_tier_bytes,
-        )
+    times = _timed(model, asked)
     console.print(asked.table(times))
     for line in asked.remarks(times, stages):
         console.print(line)
     if output is not None:
-        layers = [layer.name for layer in whole.layers]
-        shape = {"phase": phase, "sequence": sequence, "micro_batch": micro_batch, "dtype": whole.dtype}
-        figures = {"model": whole.name, **shape, "layers": layers, "times": dataclasses.asdict(times)}
-        write_atomically(output, json.dumps(figures, indent=1) + "\n")
+        write_atomically(output, json.dumps(asked.figures(times), indent=1) + "\n")
         console.print(f"written: {output}")
+
+
+def _timed(model: str, asked: _Asked) -> LayerTimes:
+    """The layers on this machine's first GPU, or on a core of its CPU."""
+    cuda, profile, workload = torch.cuda.is_available(), asked.profile, asked.workload
+    decodes = workload.phase == "decode"
+    with _one_thread():
+        return time_model_layers(
+            read_config(model),
+            dtype=profile.dtype,
+            device=torch.device("cuda", 0) if cuda else torch.device("cpu"),
+            rows=workload.chosen_micro_batch,
+            tokens=workload.sequence,
+            cache_length=workload.sequence if decodes else 0,
+            tensor_parallel=profile.tensor_parallel,
+            execution="graphs" if cuda and decodes else "eager",
+            granularity=profile.granularity,
+            first_tier_bytes=asked.first_tier_bytes,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,16 +145,17 @@ class _Asked:
         table.add_column("layer", no_wrap=True)
         for heading in ("predicted", "measured", "off", "in cache", "weights", "measured", "beside them", "measured"):
             table.add_column(heading, justify="right", no_wrap=True)
-        for first, count in self._kinds():
+        for places in self._kinds():
+            first = places[0]
             seconds, resident = times.seconds[first], times.resident_seconds[first]
             peak = times.peak_bytes[first]
-            name = self.profile.layers[first].name
+            names = [self.profile.layers[place].name for place in (first, places[-1])]
             table.add_row(
-                name if count == 1 else f"{name} and {count - 1} alike",
+                names[0] if len(places) == 1 else f"{' .. '.join(names)}, each of {len(places)}",
                 format_seconds(float(predicted[first])),
-                format_seconds(seconds),
+                format_difference(seconds),
                 f"{predicted[first] / seconds - 1:+.0%}" if seconds else "",
-                "" if resident is None else format_seconds(resident),
+                "" if resident is None else format_difference(resident),
                 format_bytes(float(costs.weights[first])),
                 format_bytes(times.weight_bytes[first]),
                 format_bytes(float(costs.buffers[first] + costs.cuts[first + 1])),
@@ -162,19 +165,38 @@ class _Asked:
 
     def remarks(self, times: LayerTimes, stages: int | None) -> list[str]:
         """What the table does not say."""
-        lines = [f"{times.execution}; besides, each pass of a stage takes {format_seconds(times.pass_seconds)}"]
+        lines = [f"{times.execution}; besides, each pass of a stage takes {format_difference(times.pass_seconds)}"]
+        if 0.0 in (*times.seconds, *times.resident_seconds, times.pass_seconds):
+            lines.append(f"{NOISE}: stages with and without it took the same time, to within what repeats differ by")
+        if times.spread > UNSTEADY:
+            lines.append(
+                f"warning: repeats differ by up to {times.spread:.0%}. The machine is busy; measure again when nothing "
+                "else runs."
+            )
         if times.launch_seconds:
             lines.append(f"launching a block kernel by kernel takes the host {format_seconds(times.launch_seconds)}")
         if stages is not None:
             lines.append(self._moves(times, stages))
         return lines
 
-    def _kinds(self) -> list[tuple[int, int]]:
-        """First position and number of the layers of each kind."""
+    def figures(self, times: LayerTimes) -> dict[str, Any]:
+        """The times and what was timed, for a file."""
+        return {
+            "model": self.profile.name,
+            "phase": self.workload.phase,
+            "sequence": self.workload.sequence,
+            "micro_batch": self.workload.chosen_micro_batch,
+            "dtype": self.profile.dtype,
+            "layers": [layer.name for layer in self.profile.layers],
+            "times": dataclasses.asdict(times),
+        }
+
+    def _kinds(self) -> list[list[int]]:
+        """Positions of the layers of each kind."""
         kinds: dict[object, list[int]] = {}
         for position, layer in enumerate(self.profile.layers):
             kinds.setdefault(dataclasses.replace(layer, name=layer.kind, block=None), []).append(position)
-        return [(positions[0], len(positions)) for positions in kinds.values()]
+        return list(kinds.values())
 
     def _moves(self, times: LayerTimes, stages: int) -> str:
         """Whether the best boundaries are others with the times measured."""
@@ -211,16 +233,6 @@ def _check_asked(profile: ModelProfile, sequence: int, stages: int | None) -> No
         )
     if stages is not None and stages > profile.num_layers:
         raise WorkloadError(f"--stages is {stages}; {profile.name} has {profile.num_layers} layers, give at most that.")
-
-
-def _check_output(output: Path) -> None:
-    if not output.resolve().parent.is_dir():
-        raise InvalidInputError(f"the times can't be written to {output}: its folder does not exist; make it.")
-    try:
-        check_target(output)
-        check_folder(output.resolve().parent)
-    except OSError as error:
-        raise InvalidInputError(f"the times can't be written to {output}: {error}.") from None
 
 
 @contextlib.contextmanager

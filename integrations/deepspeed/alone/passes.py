@@ -1,8 +1,9 @@
-"""Passes of stages without a pipeline, by the code that runs them in one: scoring's and generation's."""
+"""Passes of stages without a pipeline, by the code that runs them in one: `ForwardPipeline`'s and generation's."""
 
 from __future__ import annotations
 
 import abc
+import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,8 @@ from lp_plugin.integrations.deepspeed.generation.lean import LeanPass
 from lp_plugin.integrations.deepspeed.generation.sampling import Sampling
 from lp_plugin.integrations.deepspeed.generation.slot_state import SlotState
 from lp_plugin.integrations.transformers.decoder import DecoderStage
-from lp_plugin.measure.turns import Runner, synchronize
+from lp_plugin.measure.layers import synchronize
+from lp_plugin.measure.turns import Runner
 
 __all__ = ["Execution", "Passes", "Shape", "make_passes"]
 
@@ -58,6 +60,10 @@ class Passes(abc.ABC):
         self.peak_bytes: int | None = None
         self.launch_seconds = 0.0
         self._device = device
+
+    @abc.abstractmethod
+    def launched(self) -> Runner:
+        """Launched kernel by kernel, compiled if that is asked for, but never captured."""
 
     @abc.abstractmethod
     def ready(self) -> Runner:
@@ -104,14 +110,17 @@ class _Sequences(Passes):
         self._works = [_work(stage, shape, device, compiled=execution == "compiled") for stage in stages]
         self._rounds = _ROUNDS if device.type == "cuda" and len(stages) == 1 else 1
         with self._works[0].passing():
-            self._look(lambda: self._works[0].run(0, labelled=False))
+            self._look(lambda: self._works[0].run(0, labelled=True))
+
+    def launched(self) -> Runner:
+        return Runner(run=self._round, passes=self._rounds * len(self._works))
 
     def ready(self) -> Runner:
-        passes = self._rounds * len(self._works)
+        runner = self.launched()
         if not self._replays:
-            return Runner(run=self._round, passes=passes)
+            return runner
         self._graph = captured(self._round, self._device, warm_up=self._round, pool=None)
-        return Runner(run=self._replay, passes=passes)
+        return dataclasses.replace(runner, run=self._replay)
 
     def _replay(self) -> None:
         """Needs the buffers that this object keeps, as the graph reads them."""
@@ -121,7 +130,7 @@ class _Sequences(Passes):
         for work in self._works:
             with work.passing():
                 for _ in range(self._rounds):
-                    work.run(0, labelled=False)
+                    work.run(0, labelled=True)
 
 
 class _Steps(Passes):
@@ -133,19 +142,23 @@ class _Steps(Passes):
         super().__init__(device)
         self._stages, self._shape = stages, shape
         self._most = max(shape.cache_length - 1, 1)
-        self._stream = None if execution == "eager" else torch.cuda.Stream(device)
+        self._replays = execution != "eager"
         with torch.no_grad():
             self._slots = [_slot(stage, shape, device, compiled=execution == "compiled") for stage in stages]
             self._reset()
             if self._most > _LAUNCHES:
                 self._look(self._slots[0].decode)
 
-    def ready(self) -> Runner:
-        with torch.no_grad():
-            if self._stream is not None:
-                for slot in self._slots:
-                    slot.capture(self._slots[0].pool, self._stream)
+    def launched(self) -> Runner:
         return Runner(run=self._round, passes=len(self._slots), most=self._most, prepare=self._reset)
+
+    def ready(self) -> Runner:
+        if self._replays:
+            stream = torch.cuda.Stream(self._device)
+            with torch.no_grad():
+                for slot in self._slots:
+                    slot.capture(self._slots[0].pool, stream)
+        return self.launched()
 
     def _round(self) -> None:
         with torch.no_grad():
@@ -161,10 +174,10 @@ class _Steps(Passes):
 
 
 def _work(stage: DecoderStage, shape: Shape, device: torch.device, *, compiled: bool) -> StageWork:
-    """A stage of scoring with one micro-batch, which keeps its result only after the head."""
+    """A stage of `ForwardPipeline` with one micro-batch, which keeps, after the head, the logits of the last tokens."""
     module = SimpleNamespace(
         stage=stage,
-        loss_fn=None,
+        loss_fn=lambda logits, _: logits[:, -1],
         device=device,
         torch_dtype=shape.dtype,
         hf_config=SimpleNamespace(vocab_size=_known_tokens(stage)),

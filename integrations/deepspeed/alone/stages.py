@@ -1,8 +1,7 @@
-"""Layers by themselves: stages of equal copies of one layer with random weights, for timing."""
+"""Stages with random weights, of a model's layers or of equal copies of one."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -42,15 +41,15 @@ def stage_of_copies(
     device: torch.device,
     dtype: torch.dtype,
 ) -> DecoderStage:
-    """A stage that holds a layer several times, each copy with weights of its own, as one rank of a group holds it.
+    """A stage of layers, or of one several times, each copy with weights of its own, as one rank of a group holds it.
 
     Nothing is communicated: what other ranks would add or hand over is left out, or repeated where its width counts.
 
     Args:
         config: The whole model's configuration.
-        start: The layer.
-        stop: The one after it; as ``start`` for a stage of no layers, which does what every pass does besides.
-        copies: How often; 1 for what is no block, or half of one.
+        start: The first layer.
+        stop: One past the last; as ``start`` for a stage of no layers, which does what every pass does besides.
+        copies: How often there is a stage's only block, or half of one.
         halves: Whether layers are numbered with attention and MLP apart.
         tensor_parallel: Ranks of the group.
         device: Where it will run.
@@ -66,10 +65,10 @@ def stage_of_copies(
     styles = {name: style for name, style in (stage.model.tp_plan or {}).items() if style in (_GATHERED, _SPLIT)}
     check_shardable(stage, tensor_parallel)
     if copies > 1:
-        _repeat_block(stage, copies)
+        stage.repeat_block(copies)
     if tensor_parallel > 1:
-        for name, module in stage.model.get_submodule(stage._blocks_name).named_modules():
-            _stand_in(module, styles.get(f"{stage._blocks_name}.*.{name.partition('.')[2]}"), tensor_parallel)
+        for name, module in stage.model.get_submodule(stage.blocks_name).named_modules():
+            _stand_in(module, styles.get(f"{stage.blocks_name}.*.{name.partition('.')[2]}"), tensor_parallel)
     materialize(stage, device, dtype)
     randomize(stage)
     return stage.eval()
@@ -79,23 +78,6 @@ def stored_bytes(stage: DecoderStage) -> int:
     """Memory that parameters and buffers take."""
     tensors = (*stage.model.parameters(), *stage.model.buffers())
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-def _repeat_block(stage: DecoderStage, copies: int) -> None:
-    """Puts further copies of a stage's only block behind it, on the meta device."""
-    config = stage.model.config
-    owner, _, name = stage._blocks_name.rpartition(".")
-    (block,) = stage.model.get_submodule(stage._blocks_name)
-    blocks = [block, *(copy.deepcopy(block, {id(config): config}) for _ in range(copies - 1))]
-    for index, each in enumerate(blocks):
-        for module in each.modules():
-            if hasattr(module, "layer_idx"):
-                module.layer_idx = index
-    setattr(stage.model.get_submodule(owner), name, nn.ModuleList(blocks))
-    config.num_hidden_layers = copies
-    if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types * copies
-    stage._num_attentions *= copies
 
 
 def _stand_in(module: nn.Module, style: str | None, number: int) -> None:

@@ -1,0 +1,1 @@
+"""Stages by themselves, without pipeline and checkpoint: their layers timed, their passes counted."""
