@@ -16,7 +16,7 @@ from lp_plugin.bench.experiment.document import Figures, Section, figures_table
 from lp_plugin.bench.experiment.html import as_html
 from lp_plugin.bench.experiment.markdown import as_markdown
 from lp_plugin.bench.experiment.report import TABLES, print_tables, write_report
-from lp_plugin.bench.experiment.results import Results, Row
+from lp_plugin.bench.experiment.results import Results, Row, load_results, save_results
 from lp_plugin.bench.experiment.timelines import trace_of
 from lp_plugin.bench.experiment.wording import file_names
 from lp_plugin.errors import InvalidInputError
@@ -105,6 +105,16 @@ def test_pictures_and_timelines_lie_beside_it(folder: Path) -> None:
     assert linked == {path.name for path in folder.iterdir() if path.suffix in {".png", ".json"}}
     name = file_names([prefill_case().name])[prefill_case().name]
     assert {f"{name}-performance.png", f"{name}-split.png", f"timeline-{name}--pp2.json", "scaling.png"} <= linked
+
+
+def test_timelines_stay_when_a_report_is_made_of_results_that_were_saved(tmp_path: Path) -> None:
+    write_report(results(), tmp_path)
+    save_results(results(), tmp_path / "results.json")
+    before = {path.name: path.read_bytes() for path in tmp_path.glob("timeline-*")}
+    for tables in (("performance",), ()):
+        write_report(load_results(tmp_path / "results.json"), tmp_path, tables)
+        assert {path.name: path.read_bytes() for path in tmp_path.glob("timeline-*")} == before
+    assert all(f"({name})" in (tmp_path / "report.md").read_text(encoding="utf-8") for name in before)
 
 
 def test_what_did_not_run_says_why(folder: Path) -> None:

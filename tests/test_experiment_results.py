@@ -13,10 +13,20 @@ from lp_plugin.errors import InvalidInputError
 from lp_plugin.report import console
 
 
-def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
+def test_what_is_saved_is_loaded_but_for_spans(tmp_path: Path) -> None:
     made = results()
     save_results(made, tmp_path / "results.json")
-    assert load_results(tmp_path / "results.json") == made
+    found = load_results(tmp_path / "results.json")
+    spans = 0
+    for case, saved in zip(made.cases, found.cases, strict=True):
+        for row, kept in zip(case.rows, saved.rows, strict=True):
+            for own, other in zip(row.split, kept.split, strict=True):
+                spans += len(own.spans)
+                assert dataclasses.replace(own, spans=()) == other
+            assert dataclasses.replace(row, split=()) == dataclasses.replace(kept, split=())
+        assert dataclasses.replace(case, rows=()) == dataclasses.replace(saved, rows=())
+    assert spans
+    assert dataclasses.replace(made, cases=()) == dataclasses.replace(found, cases=())
 
 
 def test_files_that_are_no_results_are_refused(tmp_path: Path) -> None:

@@ -80,10 +80,16 @@ def write_report(results: Results, folder: str | Path, tables: Sequence[str] = (
         write_atomically(written[0], as_markdown(results.title, blocks))
         write_atomically(written[1], as_html(results.title, blocks, folder))
         for name in before - _linked(written[0]):
-            (folder / name).unlink(missing_ok=True)
+            if not name.startswith("timeline-") or _has_spans(results):  # else it can't be made again
+                (folder / name).unlink(missing_ok=True)
     except OSError as error:
         raise InvalidInputError(f"the report can't be written to {folder}: {error}.") from error
     return written
+
+
+def _has_spans(results: Results) -> bool:
+    """Whether they come from the run, not from a file."""
+    return any(split.spans for case in results.cases for row in case.rows for split in row.split)
 
 
 def _linked(report: Path) -> set[str]:
@@ -207,12 +213,13 @@ def _time_split(case: CaseResult, folder: Path | None, file: str) -> list[Block]
     traces = []
     for row in case.rows:
         name = f"{file}--{names[row.name]}"
-        if spans_picture(case, row, folder / f"timeline-{name}.png"):
-            blocks.append(
-                Picture(file=f"timeline-{name}.png", caption=f"{case.name}, {row.name}: what each rank did when")
-            )
-            write_atomically(folder / f"timeline-{name}.json", trace_of(row))
-            traces.append(f"timeline-{name}.json")
+        picture, trace = folder / f"timeline-{name}.png", folder / f"timeline-{name}.json"
+        if spans_picture(case, row, picture):
+            write_atomically(trace, trace_of(row))
+        if row.split and picture.exists():  # perhaps of the run itself: results that were saved have no spans
+            blocks.append(Picture(file=picture.name, caption=f"{case.name}, {row.name}: what each rank did when"))
+        if row.split and trace.exists():
+            traces.append(trace.name)
     if traces:
         blocks.append(Files(text="The same for ui.perfetto.dev, beside this report", names=tuple(traces)))
     return blocks

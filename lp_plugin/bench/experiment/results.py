@@ -217,12 +217,20 @@ _VERSION = TypeAdapter(dict[str, Any])
 
 
 def save_results(results: Results, path: str | Path) -> None:
-    """Writes everything as JSON, whole or not at all."""
-    write_atomically(Path(path), json.dumps(dataclasses.asdict(results), indent=1) + "\n")
+    """Writes everything but spans as JSON, whole or not at all; spans are in the report's timelines."""
+    cases = tuple(
+        dataclasses.replace(case, rows=tuple(_without_spans(row) for row in case.rows)) for case in results.cases
+    )
+    plain = dataclasses.asdict(dataclasses.replace(results, cases=cases))
+    write_atomically(Path(path), json.dumps(plain, indent=1) + "\n")
+
+
+def _without_spans(row: Row) -> Row:
+    return dataclasses.replace(row, split=tuple(dataclasses.replace(each, spans=()) for each in row.split))
 
 
 def load_results(path: str | Path) -> Results:
-    """What `save_results` wrote.
+    """What `save_results` wrote; without spans.
 
     Raises:
         InvalidInputError: If the file is missing, truncated, or no results; names the first problem.

@@ -81,43 +81,33 @@ def _parts(split: TimeSplit) -> dict[str, float]:
 
 
 def spans_picture(case: CaseResult, row: Row, path: Path) -> bool:
-    """Lanes of every profiled rank over the trial's time.
+    """What every profiled rank computed and communicated, in two lanes, over the trial's time.
 
     Returns:
         Whether there was anything to draw.
     """
-    lanes = [(split, lane) for split in row.split for lane in dict.fromkeys(span.lane for span in split.spans)]
+    lanes = [(split, kind) for split in row.split for kind in _KINDS if any(span.kind == kind for span in split.spans)]
     if not lanes:
         return False
     figure, axes = new_axes(11.0, 1.5 + 0.32 * len(lanes))
     end = max(span.stop_seconds for split in row.split for span in split.spans)
     scale, unit = (1.0, "s") if end >= 10 else (1e3, "ms") if end >= 1e-2 else (1e6, "us")
-    for place, (split, lane) in enumerate(lanes):
-        for kind, colour in _KINDS.items():
-            _draw_lane(
-                axes,
-                place,
-                [
-                    (span.start_seconds * scale, (span.stop_seconds - span.start_seconds) * scale)
-                    for span in split.spans
-                    if span.lane == lane and span.kind == kind
-                ],
-                colour,
-            )
-    axes.set_yticks(range(len(lanes)), [f"rank {split.rank}: {lane}" for split, lane in lanes], fontsize=8)
+    for place, (split, kind) in enumerate(lanes):
+        bars = [
+            (span.start_seconds * scale, (span.stop_seconds - span.start_seconds) * scale)
+            for span in split.spans
+            if span.kind == kind
+        ]
+        axes.broken_barh(bars, (place - 0.38, 0.76), facecolors=_KINDS[kind], edgecolors="none")
+    axes.set_yticks(range(len(lanes)), [f"rank {split.rank}: {kind}" for split, kind in lanes], fontsize=8)
     axes.set_ylim(len(lanes) - 0.4, -0.6)
     axes.set_xlim(0, end * scale)
-    axes.set_xlabel(f"{unit}; blue: compute, red: communication")
+    axes.set_xlabel(unit)
     axes.spines[["top", "right"]].set_visible(False)
     is_cut = end < 0.95 * max(split.wall_seconds for split in row.split)
     figure.suptitle(f"{case.name}, {row.name}: {'start of the' if is_cut else 'one'} profiled trial", fontsize=11)
     save_figure(figure, path)
     return True
-
-
-def _draw_lane(axes: Any, place: int, spans: list[tuple[float, float]], colour: str) -> None:
-    if spans:
-        axes.broken_barh(spans, (place - 0.38, 0.76), facecolors=colour, edgecolors="none")
 
 
 def trace_of(row: Row) -> str:
