@@ -288,7 +288,7 @@ def _figures(table: StageTable, starts: IntArray, stops: IntArray) -> Iterator[d
     for index, tier in enumerate(table.tier(starts, stops)):
         has_room = math.isfinite(room[index]) and not table.table.is_training
         yield {
-            **{name: int(values[index]) for name, values in whole.items()},
+            **{name: round(float(values[index])) for name, values in whole.items()},
             **{name: float(values[index]) for name, values in real.items()},
             "device": device.name,
             "tier": device.tiers[int(tier)].name,
