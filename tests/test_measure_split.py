@@ -91,6 +91,13 @@ def test_two_stages_on_one_stream_meet_in_order() -> None:
     assert met({0: first, 1: second}) == {0: [[4, 10], [20, 30]], 1: [[4, 10], [20, 30]]}
 
 
+def test_two_stages_with_a_stream_for_each_message_as_graphs_have_them_meet_in_order() -> None:
+    first = [message("SendRecv", start, start + 6, f"stream {start}") for start in (10, 20, 30)]
+    second = [message("SendRecv", start, start + 9, f"stream {start}") for start in (7, 17, 27)]
+    both = [[10, 16], [20, 26], [30, 36]]
+    assert met({0: first, 1: second}) == {0: both, 1: both}
+
+
 def test_streams_tell_who_is_at_the_other_end() -> None:
     """A ring of three: each rank sends on one stream and receives on another."""
     ring = {
