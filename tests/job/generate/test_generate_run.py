@@ -102,7 +102,8 @@ def test_two_stages_write_what_the_whole_model_generates(
     assert figures["boundaries"][0] == 0
     assert figures["boundaries"][-1] == 6
     assert len(figures["first_token_seconds"]) == len(TEXTS)
-    assert 0 < figures["first_token_seconds"][0] < figures["elapsed_seconds"] <= figures["written_seconds"]
+    assert 0 < figures["first_token_seconds"][0] < figures["elapsed_seconds"]
+    assert figures["written_seconds"] > 0  # by another process's clock
     assert figures["tokens_per_second"] == pytest.approx(figures["num_tokens"] / figures["elapsed_seconds"])
     for name in ("step_seconds", "predicted_step_seconds", "predicted_tokens_per_second"):
         assert figures[name] > 0
