@@ -19,7 +19,7 @@ import torch
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.pipe import PipelineModule
-from deepspeed.runtime.pipe import schedule
+from deepspeed.runtime.pipe import p2p, schedule
 from deepspeed.utils import logger
 
 from lp_plugin.errors import HardwareError
@@ -34,6 +34,7 @@ __all__ = [
     "init_distributed",
     "join_or_start",
     "quiet",
+    "ready_for_batch",
     "stage_alone_seconds",
 ]
 
@@ -129,6 +130,13 @@ def build_engine(
     return engine
 
 
+def ready_for_batch(engine: Any) -> None:
+    """Has to come before each ``eval_batch``: losses start anew, and messages go to this engine's own neighbours."""
+    engine.total_loss = None  # eval_batch would go on adding to it, whatever the number of rows
+    if engine.grid.pipe_parallel_size > 1:
+        p2p.init_process_groups(engine.grid)  # another engine of this process may have set its own neighbours
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageTimes:
     """What one rank did in one ``eval_batch``."""
@@ -203,9 +211,8 @@ def stage_alone_seconds(
     *,
     warm_up_seconds: float = 0.0,
     group: Any = None,
-    repeats: int = 7,
 ) -> float:
-    """Median seconds of passes of this rank's stage over one micro-batch, without pipeline or neighbours.
+    """Median seconds of 7 passes of this rank's stage over one micro-batch, without pipeline or neighbours.
 
     Args:
         stage: This rank's layers.
@@ -213,12 +220,11 @@ def stage_alone_seconds(
         warm_up_seconds: Passes to warm up take at least this long (GPUs lower their clocks under sustained load),
             and are at least 2.
         group: Ranks that share the stage's layers and all call this; each pass takes as long as the slowest of them.
-        repeats: Passes measured.
     """
     seconds: list[float] = []
     warm_up = 2
     with torch.no_grad():
-        while len(seconds) < warm_up + repeats:
+        while len(seconds) < warm_up + 7:
             synchronize()
             start = time.perf_counter()
             stage(inputs)
@@ -226,7 +232,7 @@ def stage_alone_seconds(
             seconds.append(_slowest(time.perf_counter() - start, group))
             if sum(seconds) < warm_up_seconds:
                 warm_up = len(seconds)
-    return statistics.median(seconds[-repeats:])
+    return statistics.median(seconds[-7:])
 
 
 def _slowest(seconds: float, group: Any) -> float:

@@ -33,7 +33,7 @@ def bench_experiment(
     """Run an experiment: configurations in turns in the same processes; tables, pictures, one page of HTML."""
     require("run", "torch", "deepspeed", "transformers")
     from lp_plugin.bench.experiment.checks import checked_experiment  # noqa: PLC0415
-    from lp_plugin.bench.experiment.output import chosen_tables  # noqa: PLC0415
+    from lp_plugin.bench.experiment.report import chosen_tables  # noqa: PLC0415
 
     tables = chosen_tables(table or ())
     experiment = checked_experiment(file, tables)

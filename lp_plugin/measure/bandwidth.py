@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from lp_plugin.measure.turns import Runner, seconds_in_turns
+from lp_plugin.measure.turns import Runner, recorded, seconds_in_turns
 from lp_plugin.quantity import parse_bytes
 
 __all__ = ["Cache", "CopyRate", "Knee", "copy_rates", "find_caches", "find_knee"]
@@ -117,14 +117,14 @@ def _rate(device: torch.device, working_set_bytes: int) -> CopyRate:
     def move() -> torch.Tensor:
         return torch.neg(source, out=target)
 
+    def move_again() -> None:
+        for _ in range(_IN_GRAPH):
+            move()
+
     runner = Runner(run=move)
     if device.type == "cuda":
         move()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            for _ in range(_IN_GRAPH):
-                move()
-        runner = Runner(run=graph.replay, passes=_IN_GRAPH)
+        runner = Runner(run=recorded(move_again).replay, passes=_IN_GRAPH)
     (timed,) = seconds_in_turns([runner], device, warm_up_seconds=0.05)
     return CopyRate(
         working_set_bytes=working_set_bytes,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lp_plugin.measure.turns import Runner, seconds_in_turns
+from lp_plugin.measure.turns import Runner, recorded, seconds_in_turns
 
 __all__ = ["LaunchSeconds", "launch_seconds"]
 
@@ -36,10 +36,7 @@ def launch_seconds(device: torch.device) -> LaunchSeconds:
     runners = [Runner(run=add, passes=_KERNELS)]
     if device.type == "cuda":
         add()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            add()
-        runners.append(Runner(run=graph.replay, passes=_KERNELS))
+        runners.append(Runner(run=recorded(add).replay, passes=_KERNELS))
     eager, *replayed = seconds_in_turns(runners, device)
     return LaunchSeconds(
         eager=eager.seconds,

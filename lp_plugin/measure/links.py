@@ -10,7 +10,7 @@ import torch
 from torch import distributed
 
 from lp_plugin.measure.layers import synchronize
-from lp_plugin.measure.turns import Repeated, median_of
+from lp_plugin.measure.turns import Repeated, median_of, recorded
 from lp_plugin.measured import Links
 
 __all__ = ["time_links"]
@@ -112,11 +112,12 @@ def _repeated(exchange: Callable[[], Any], message: torch.Tensor) -> Repeated:
 def _repeated_in_graphs(exchange: Callable[[], Any], message: torch.Tensor) -> Repeated:
     """The same in a CUDA graph; the exchange has been made before."""
     count = _count(message)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL's own thread goes on
+
+    def exchange_again() -> None:
         for _ in range(count):
             exchange()
-    return _timed(graph.replay, 1, count, message.device)
+
+    return _timed(recorded(exchange_again).replay, 1, count, message.device)
 
 
 def _count(message: torch.Tensor) -> int:

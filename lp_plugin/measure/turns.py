@@ -14,7 +14,7 @@ import torch
 from lp_plugin.measure.layers import synchronize
 from lp_plugin.quantity import format_seconds
 
-__all__ = ["NOISE", "UNSTEADY", "Repeated", "Runner", "format_difference", "median_of", "seconds_in_turns"]
+__all__ = ["NOISE", "UNSTEADY", "Repeated", "Runner", "format_difference", "median_of", "recorded", "seconds_in_turns"]
 
 NOISE = "< noise"
 """In place of a difference that is none."""
@@ -48,6 +48,14 @@ class Runner:
     """Calls between two preparations; None for any number."""
     prepare: Callable[[], Any] | None = None
     """Called before each span, off the clock."""
+
+
+def recorded(work: Callable[[], Any]) -> torch.cuda.CUDAGraph:
+    """A CUDA graph of work that has run before, and asks the device for nothing."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL's own thread goes on
+        work()
+    return graph
 
 
 def seconds_in_turns(

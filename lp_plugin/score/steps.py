@@ -6,10 +6,9 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from deepspeed.runtime.pipe import p2p
 from numpy.typing import NDArray
 
-from lp_plugin.integrations.deepspeed.engine import InstructionTimer, StageTimes
+from lp_plugin.integrations.deepspeed.engine import InstructionTimer, StageTimes, ready_for_batch
 from lp_plugin.integrations.deepspeed.forward.whole_rows import whole_rows
 from lp_plugin.job.documents import TokenizedDocuments
 from lp_plugin.score.batches import Step
@@ -74,9 +73,7 @@ class StepRunner:
     def _forget_shape(self, shape: tuple[int, int, int | None]) -> None:
         """Makes the engine forget the last step's shape, which it would assume again, silently."""
         engine = self._engine
-        engine.total_loss = None  # eval_batch goes on adding to it, whatever the number of rows
-        if engine.grid.pipe_parallel_size > 1:
-            p2p.init_process_groups(engine.grid)  # another engine of this process may have set its own neighbours
+        ready_for_batch(engine)
         if self._shape != shape:
             self._shape = shape
             engine.reset_activation_shape()

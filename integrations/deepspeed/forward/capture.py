@@ -56,7 +56,6 @@ def pass_seconds(
     *,
     pool: Any,
     replayed: bool,
-    repeats: int = 7,
     warm_up_seconds: float = 0.5,
     group: Any = None,
 ) -> float:
@@ -67,7 +66,6 @@ def pass_seconds(
         device: Where it runs; passes on CPUs are timed one by one.
         pool: As for `captured`.
         replayed: Whether passes are replayed from a CUDA graph, rather than launched.
-        repeats: Times measured.
         warm_up_seconds: Least time before; GPUs lower their clocks under sustained load.
         group: Ranks that share the stage's layers, or None; they all call this.
     """
@@ -86,7 +84,5 @@ def pass_seconds(
             launch()
 
     warm_up_seconds = warm_up_seconds if device.type == "cuda" else 0.0
-    seconds = stage_alone_seconds(
-        lambda _: launch_all(), None, warm_up_seconds=warm_up_seconds, group=group, repeats=repeats
-    )
+    seconds = stage_alone_seconds(lambda _: launch_all(), None, warm_up_seconds=warm_up_seconds, group=group)
     return seconds / (count * rounds)

@@ -132,15 +132,12 @@ class ForwardPipeline:
             self._launch(labelled, self._num_micro_batches)
         return self._work.results(labelled=labelled)
 
-    def alone_seconds(self, repeats: int = 7) -> float:
+    def alone_seconds(self) -> float:
         """Median seconds of this rank's own pass over one micro-batch, as it is executed, without neighbours.
 
         Collective over the ranks that share the stage's layers. Stages that share a CPU should take turns.
-
-        Args:
-            repeats: Times measured.
         """
-        return self._pass_seconds(replayed=self.execution != "eager", repeats=repeats, warm_up_seconds=1.0)
+        return self._pass_seconds(replayed=self.execution != "eager", warm_up_seconds=1.0)
 
     def release(self) -> None:
         """Waits for the device and gives back the memory of graphs, inputs and results; nothing runs afterwards.
@@ -275,14 +272,13 @@ class ForwardPipeline:
             self._hops.send(micro_batch, self._outgoing)
         self._outgoing = None
 
-    def _pass_seconds(self, *, replayed: bool, repeats: int = 7, warm_up_seconds: float = 0.5) -> float:
+    def _pass_seconds(self, *, replayed: bool, warm_up_seconds: float = 0.5) -> float:
         with self._work.passing():
             return pass_seconds(
                 lambda: self._forward(0, labelled=self._work.has_loss),
                 self._device,
                 pool=self._pool(),
                 replayed=replayed,
-                repeats=repeats,
                 warm_up_seconds=warm_up_seconds,
                 group=self._stage_group,
             )

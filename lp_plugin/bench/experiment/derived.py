@@ -35,6 +35,7 @@ __all__ = [
     "proposed_row",
     "regrets",
     "row_figures",
+    "rows_that_ran",
     "stage_errors",
 ]
 
@@ -126,15 +127,12 @@ def proposed_row(case: CaseResult) -> Row | None:
     return next(
         (
             row
-            for row in case.rows
-            if row.seconds
-            and not row.reason
-            and row.pipeline_parallel > 1
+            for row in rows_that_ran(case)
+            if row.pipeline_parallel > 1
             and row.tensor_parallel == row.data_parallel == 1
             and row.partition == "cache-aware"
             and row.execution != "stock"
             and row.name != case.baseline
-            and not is_control(case, row)
         ),
         None,
     )
@@ -198,7 +196,7 @@ def stage_errors(row: Row, prediction: Prediction) -> tuple[float, ...]:
 
 def regrets(case: CaseResult) -> tuple[Regret, ...]:
     """Of each source: the configuration predicted fastest against the one measured fastest, among those that ran."""
-    ran = [row for row in case.rows if row.seconds and not row.reason and not is_control(case, row)]
+    ran = rows_that_ran(case)
     found = []
     for source in _sources(ran):
         predicted = {
@@ -288,6 +286,11 @@ def layer_rest_bytes(case: CaseResult, times: LayerTimes, layer: LayerCost) -> f
 def _sources(rows: Iterable[Row]) -> list[str]:
     """Of predictions, in order of appearance, each once."""
     return list(dict.fromkeys(prediction.source for row in rows for prediction in row.predictions))
+
+
+def rows_that_ran(case: CaseResult) -> list[Row]:
+    """To the end, and without the control."""
+    return [row for row in case.rows if row.seconds and not row.reason and not is_control(case, row)]
 
 
 def is_control(case: CaseResult, row: Row) -> bool:

@@ -13,9 +13,8 @@ import torch
 from torch import distributed
 
 from lp_plugin.bench.experiment.results import Environment
-from lp_plugin.measure.device import device_name
 
-__all__ = ["describe_environment", "device_name"]
+__all__ = ["describe_environment"]
 
 _PACKAGES = ("torch", "deepspeed", "transformers", "triton", "lp_plugin")
 _VARIABLES = ("OMP_NUM_THREADS", "CUDA_DEVICE_MAX_CONNECTIONS", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
@@ -28,7 +27,7 @@ def describe_environment(devices: Sequence[str]) -> Environment:
     """What is recorded with a case's figures.
 
     Args:
-        devices: `device_name` of every rank.
+        devices: `measure.device.device_name` of every rank.
     """
     cuda = torch.cuda.is_available()
     versions = {"python": platform.python_version()}

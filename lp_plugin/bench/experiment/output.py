@@ -12,7 +12,7 @@ from lp_plugin.bench.experiment.results import Results, load_results, save_resul
 from lp_plugin.errors import InvalidInputError
 from lp_plugin.files import check_folder, check_target
 
-__all__ = ["RESULTS", "chosen_tables", "keep", "made_folder", "report", "report_again"]
+__all__ = ["RESULTS", "keep", "made_folder", "report", "report_again"]
 
 RESULTS = "results.json"
 """Name of the file with everything that was measured."""

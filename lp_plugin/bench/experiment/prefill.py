@@ -6,13 +6,13 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from deepspeed.runtime.pipe import p2p
 from numpy.typing import NDArray
 
 from lp_plugin.bench.experiment.contender import Contender, Trial, timed
 from lp_plugin.bench.experiment.engines import Built
 from lp_plugin.bench.experiment.settings import Case, Configuration
 from lp_plugin.integrations.deepspeed import forward
+from lp_plugin.integrations.deepspeed.engine import ready_for_batch
 from lp_plugin.integrations.deepspeed.forward.capture import pass_seconds
 from lp_plugin.integrations.deepspeed.forward.whole_rows import whole_rows
 
@@ -122,9 +122,7 @@ class StockPrefill(Contender):
     def _run(self, inputs: Sequence[torch.Tensor]) -> torch.Tensor | None:
         """The first micro-batch's results, on the last stage."""
         engine = self.engine
-        engine.total_loss = None  # eval_batch would go on adding to it
-        if engine.grid.pipe_parallel_size > 1:
-            p2p.init_process_groups(engine.grid)  # another engine of this process has set its own neighbours
+        ready_for_batch(engine)
         ends = engine.is_first_stage() or engine.is_last_stage()
         with whole_rows():  # else the host waits for the device in every pass
             outputs = engine.eval_batch(

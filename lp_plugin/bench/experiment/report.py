@@ -13,9 +13,9 @@ from lp_plugin.bench.experiment.derived import (
     baseline_row,
     bubble_limit,
     error_summary,
-    is_control,
     proposed_row,
     row_figures,
+    rows_that_ran,
 )
 from lp_plugin.bench.experiment.device_tables import (
     footprint_table,
@@ -167,7 +167,7 @@ def _findings(results: Results) -> list[str]:
 
 def _finding(case: CaseResult) -> str:
     baseline, proposed = baseline_row(case), proposed_row(case)
-    ran = [row for row in case.rows if row.seconds and not row.reason and not is_control(case, row)]
+    ran = rows_that_ran(case)
     if not ran and not case.reason and not any(row.reason for row in case.rows):
         return ""  # no table that was asked for needs trials
     if not ran:

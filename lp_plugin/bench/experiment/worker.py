@@ -16,7 +16,7 @@ from lp_plugin.bench.experiment.agreement import together
 from lp_plugin.bench.experiment.contender import Outputs, Trial
 from lp_plugin.bench.experiment.engines import Engines
 from lp_plugin.bench.experiment.entries import Entry, Measured, again, build_entry, control_apart, running
-from lp_plugin.bench.experiment.environment import describe_environment, device_name
+from lp_plugin.bench.experiment.environment import describe_environment
 from lp_plugin.bench.experiment.insight import count_sent, counted, profile_entries
 from lp_plugin.bench.experiment.job import CaseJob, LeftOutError, case_fields, keep_measured, note_reason
 from lp_plugin.bench.experiment.progress import Steps
@@ -27,7 +27,7 @@ from lp_plugin.errors import HardwareError
 from lp_plugin.hardware import Cluster
 from lp_plugin.integrations.deepspeed.alone.layer_times import time_model_layers
 from lp_plugin.job.ranks import agree, gather, run_rank
-from lp_plugin.measure.device import detect_device
+from lp_plugin.measure.device import detect_device, device_name
 from lp_plugin.measure.links import time_links
 from lp_plugin.measured import LayerTimes, Links
 
