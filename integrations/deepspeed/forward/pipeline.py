@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -26,10 +27,11 @@ Execution = Literal["auto", "eager", "graphs", "compiled"]
 ``compiled``: the same, of a stage that ``torch.compile`` has fused. ``auto``: graphs where launching takes longer than
 computing, else eager."""
 
-_MICRO_BATCHES_OF_A_GRAPH = 8
-"""The host needs some 0.4 us to launch each kernel of a graph, a seventh of what a small kernel takes, and the device
-waits for the first of them (2 x H200, hidden 1024, 16 tokens: one graph of 64 micro-batches took 14% longer than its
-passes). In parts, the next one is launched while the device is busy."""
+_FIRST_PART, _FURTHER_PART = 8, 32
+"""Micro-batches of a graph. The host needs some 0.4 us to launch each kernel of a graph, a seventh of what a small
+kernel takes, and the device waits for the first of them (2 x H200, hidden 1024, 16 tokens: one graph of 64
+micro-batches took 14% longer than its passes). So a short part comes first; the next one is launched while the device
+is busy with it, and is longer, since each part begins with a message that nothing hides."""
 _WORTH_IT = 1.05
 """How many times longer eager passes must take than replayed ones for graphs to be chosen."""
 _GRAPHS_DO_NOT_PAY, _GRAPHS_PAY, _NO_GRAPHS, _FAILED = range(4)
@@ -78,6 +80,7 @@ class ForwardPipeline:
             )
         self._engine = engine
         self._num_micro_batches = num_micro_batches
+        self._parts = _parts(num_micro_batches)
         self._graphs: dict[tuple[bool, int], torch.cuda.CUDAGraph] = {}
         """Of so many micro-batches with labels on this rank (True), or without."""
         self._results: dict[bool, torch.Tensor] = {}
@@ -97,7 +100,7 @@ class ForwardPipeline:
             engine.module,
             is_first=ring.is_first,
             is_last=ring.is_last,
-            num_micro_batches=self._part if self._device.type == "cuda" else num_micro_batches,
+            num_micro_batches=max(self._parts) if self._device.type == "cuda" else num_micro_batches,
             rows=rows,
             tokens=tokens,
             width=widths[0],
@@ -203,14 +206,9 @@ class ForwardPipeline:
             )
         return vote
 
-    @property
-    def _part(self) -> int:
-        """Micro-batches of a graph."""
-        return min(self._num_micro_batches, _MICRO_BATCHES_OF_A_GRAPH)
-
     def _capture(self, labelled: bool) -> int:
-        """Graphs of a part of the micro-batches, and of those that are left over."""
-        for count in {self._part, self._num_micro_batches % self._part or self._part}:
+        """One graph for all parts of the same length."""
+        for count in dict.fromkeys(self._parts):
             with self._work.passing():
                 self._graphs[labelled, count] = captured(
                     functools.partial(self._launch, labelled, count),
@@ -224,10 +222,9 @@ class ForwardPipeline:
         self, inputs: torch.Tensor | None, labels: torch.Tensor | None, *, labelled: bool
     ) -> torch.Tensor | None:
         """One part of the micro-batches after the other: the host launches the next one while the device is busy."""
-        if (labelled, self._part) not in self._graphs:
+        if (labelled, self._parts[0]) not in self._graphs:
             self._capture(labelled)
-        for start in range(0, self._num_micro_batches, self._part):
-            count = min(self._part, self._num_micro_batches - start)
+        for start, count in zip(itertools.accumulate(self._parts, initial=0), self._parts, strict=False):
             part = slice(start, start + count)
             self._work.fill(None if inputs is None else inputs[part], None if labels is None else labels[part])
             self._graphs[labelled, count].replay()
@@ -282,3 +279,11 @@ class ForwardPipeline:
                 warm_up_seconds=warm_up_seconds,
                 group=self._stage_group,
             )
+
+
+def _parts(num_micro_batches: int) -> tuple[int, ...]:
+    """Micro-batches of each graph that a run replays, one after the other."""
+    parts = [min(_FIRST_PART, num_micro_batches)]
+    while left := num_micro_batches - sum(parts):
+        parts.append(min(_FURTHER_PART, left))
+    return tuple(parts)

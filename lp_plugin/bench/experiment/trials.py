@@ -14,9 +14,8 @@ from lp_plugin.bench.experiment.contender import Contender, Outputs, Trial
 
 __all__ = ["differs", "passes_per_turn", "take_turn", "turn_order", "warm_up"]
 
-_WARM_UPS = 2
 _WARM_UP_SECONDS = {True: 2.0, False: 0.5}
-"""By whether there are GPUs, whose clocks fall under load."""
+"""At least, by whether there are GPUs, whose clocks fall under load."""
 _TURN_SECONDS = {True: 0.3, False: 0.1}
 """A turn of short batches takes the median of as many as fit into this."""
 _MOST_PASSES = 51
@@ -29,11 +28,10 @@ tokens of random weights lie close together."""
 
 def warm_up(contender: Contender) -> Trial:
     """Trials until clocks, caches and libraries have settled; collective. The last one."""
-    passed, trials = 0.0, 0
-    while trials < _WARM_UPS or passed < _WARM_UP_SECONDS[torch.cuda.is_available()]:
+    passed = 0.0
+    while passed < _WARM_UP_SECONDS[torch.cuda.is_available()]:
         trial = contender.trial()
         passed += trial.seconds + trial.first_token_seconds
-        trials += 1
     return trial
 
 
