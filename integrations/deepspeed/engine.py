@@ -35,6 +35,7 @@ __all__ = [
     "join_or_start",
     "quiet",
     "ready_for_batch",
+    "slowest",
     "stage_alone_seconds",
 ]
 
@@ -229,13 +230,13 @@ def stage_alone_seconds(
             start = time.perf_counter()
             stage(inputs)
             synchronize()
-            seconds.append(_slowest(time.perf_counter() - start, group))
+            seconds.append(slowest(time.perf_counter() - start, group))
             if sum(seconds) < warm_up_seconds:
                 warm_up = len(seconds)
     return statistics.median(seconds[-7:])
 
 
-def _slowest(seconds: float, group: Any) -> float:
+def slowest(seconds: float, group: Any) -> float:
     """The most that any rank of a group took, so that all stop after as many passes."""
     if group is None:
         return seconds

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import functools
+import math
+import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from lp_plugin.integrations.deepspeed.engine import stage_alone_seconds
+from lp_plugin.integrations.deepspeed.engine import slowest, stage_alone_seconds
+from lp_plugin.measure.layers import synchronize
 
 __all__ = ["captured", "pass_seconds"]
 
 _WARM_UP_PASSES = 2
 """Before a capture, so that libraries have made their plans."""
 _PASSES = 8
-"""That are timed together: back to back, as in a pipeline."""
+"""At most, that are launched or replayed at once: back to back, as in a pipeline."""
 _REPLAYS = 4
-"""Of a graph of so many passes, so that the launch of the next one is hidden, as in a pipeline."""
+"""Of such a graph, so that the launch of the next one is hidden, as in a pipeline."""
+_SPAN_SECONDS = 30e-3
+"""Between two looks at the clock: passes that take longer by themselves are not timed together."""
 
 
 @functools.cache
@@ -69,7 +74,7 @@ def pass_seconds(
         warm_up_seconds: Least time before; GPUs lower their clocks under sustained load.
         group: Ranks that share the stage's layers, or None; they all call this.
     """
-    count = _PASSES if device.type == "cuda" else 1
+    count = min(_passes_in_span(one_pass, group), _PASSES) if device.type == "cuda" else 1
 
     def passes() -> None:
         for _ in range(count):
@@ -86,3 +91,15 @@ def pass_seconds(
     warm_up_seconds = warm_up_seconds if device.type == "cuda" else 0.0
     seconds = stage_alone_seconds(lambda _: launch_all(), None, warm_up_seconds=warm_up_seconds, group=group)
     return seconds / (count * rounds)
+
+
+def _passes_in_span(one_pass: Callable[[], None], group: Any) -> int:
+    """How many passes, launched one by one, fill a span; the same on all ranks of the group."""
+    for _ in range(_WARM_UP_PASSES):
+        synchronize()
+        start = time.perf_counter()
+        with torch.no_grad():
+            one_pass()
+        synchronize()
+        seconds = slowest(time.perf_counter() - start, group)
+    return math.ceil(_SPAN_SECONDS / seconds)
