@@ -57,6 +57,9 @@ def test_ratios_shares_and_footprints() -> None:
     assert found["one layer"].startswith("weights 1.61 GB, output and buffers 358 MB")
     assert "PP 8: 1.00, 12: 1.01, 16: 1.93" in found["8, 12, 16 GPUs"]
     assert "DP 8: 1.00, 12: 1.50, 16: 1.99" in found["8, 12, 16 GPUs"]
+    rows = tuple(row for row in simulated() if row.devices > 8 or row.granularity == "layer")
+    without = ours(case, rows=rows)
+    assert "PP, sub-layer cuts 12: 1.37, 16: 1.93" in without["8, 12, 16 GPUs"]  # over 8 devices with whole layers
     assert found["cache hits"] == "not measured: no case asks for counters"
 
 

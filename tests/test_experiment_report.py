@@ -12,6 +12,7 @@ import pytest
 from made_up_results import decode_case, prefill_case, results
 from rich.console import Console
 
+from lp_plugin.bench.experiment.device_tables import footprint_table
 from lp_plugin.bench.experiment.document import Figures, Section, figures_table
 from lp_plugin.bench.experiment.html import as_html
 from lp_plugin.bench.experiment.markdown import as_markdown
@@ -218,6 +219,17 @@ def test_times_of_layers_below_noise_are_no_times() -> None:
     text = printed(found, "footprint")
     assert "< 1.00 us" in text
     assert " 0 s" not in text
+
+
+def test_a_layer_timed_in_several_ways_is_one_line() -> None:
+    case = decode_case()
+    eager = case.layers[0]
+    graphs = dataclasses.replace(eager, execution="graphs", seconds=tuple(each / 2 for each in eager.seconds))
+    larger = dataclasses.replace(graphs, execution="compiled", peak_bytes=tuple(7 for _ in eager.peak_bytes))
+    table = footprint_table(dataclasses.replace(case, layers=(eager, graphs, larger)))
+    blocks = [row for row in table.rows if row[0].startswith("block")] if table else []
+    assert [row[2] for row in blocks] == ["eager, graphs", "compiled"]
+    assert "40.0 us, 20.0 us" in blocks[0]
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:

@@ -23,6 +23,8 @@ UNSTEADY = 0.2
 _TURNS = 7
 _SPAN_SECONDS = {"cuda": 20e-3, "cpu": 10e-3}
 """A span between two looks at the clock takes at least this long, by type of device."""
+_LEAST_CALLS = 3
+"""In a span: a GPU at its power limit takes a tenth more or less from one pass of milliseconds to the next."""
 _WARM_UP_RUNS = 2
 
 
@@ -76,6 +78,7 @@ def seconds_in_turns(
         for _ in range(_WARM_UP_RUNS):
             seconds = _span(runner, 1, device)
         wanted = math.ceil(_SPAN_SECONDS[device.type] / max(seconds, 1e-7))
+        wanted = max(wanted, _LEAST_CALLS if device.type == "cuda" else 1)
         counts[index] = min(wanted, runner.most or wanted)
     end = time.perf_counter() + (warm_up_seconds if device.type == "cuda" else 0.0)
     while time.perf_counter() < end:

@@ -123,6 +123,7 @@ def test_figures_of_a_row(results: Results) -> None:
     assert prefill["pp=2 uniform stock"].execution == "stock"
     assert [prediction.source for prediction in pipeline.predictions] == ["catalogue", "timed layers"]
     assert [each.source for each in prefill["pp=2 uniform stock"].predictions] == ["catalogue"]
+    assert all(0 < seconds < min(pipeline.seconds) for seconds in pipeline.alone_seconds)
     assert [each.rank for each in pipeline.memory] == [each.rank for each in pipeline.split] == [0, 1]
     assert [each.rank for each in prefill["1"].memory] == [each.rank for each in prefill["1"].split] == [0]
     assert pipeline.flops == prefill["tp=2"].flops == prefill["1"].flops > 0

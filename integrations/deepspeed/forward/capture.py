@@ -1,4 +1,4 @@
-"""CUDA graphs of a rank's passes, how long passes take, and whether graphs pay."""
+"""CUDA graphs of a rank's passes, and how long passes take."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from typing import Any
 
 import torch
 
-from lp_plugin.integrations.deepspeed.engine import slowest, stage_alone_seconds
+from lp_plugin.integrations.deepspeed.engine import slowest
 from lp_plugin.measure.layers import synchronize
 
-__all__ = ["captured", "pass_seconds"]
+__all__ = ["ALONE_SECONDS", "LonePasses", "captured"]
+
+ALONE_SECONDS = {"cuda": 0.3, "cpu": 0.1}
+"""Over which a stage alone is timed, by type of device: a GPU at its power limit takes a fifth more or less from one
+pass of 50 ms to the next."""
 
 _WARM_UP_PASSES = 2
 """Before a capture, so that libraries have made their plans."""
-_PASSES = 8
-"""At most, that are launched or replayed at once: back to back, as in a pipeline."""
-_REPLAYS = 4
-"""Of such a graph, so that the launch of the next one is hidden, as in a pipeline."""
-_SPAN_SECONDS = 30e-3
-"""Between two looks at the clock: passes that take longer by themselves are not timed together."""
+_PASSES, _GRAPH_SECONDS = 8, 30e-3
+"""Passes of a graph that is timed: so many, or as many as take so long."""
 
 
 @functools.cache
@@ -55,51 +55,44 @@ def captured(
     return graph
 
 
-def pass_seconds(
-    one_pass: Callable[[], None],
-    device: torch.device,
-    *,
-    pool: Any,
-    replayed: bool,
-    warm_up_seconds: float = 0.5,
-    group: Any = None,
-) -> float:
-    """Median seconds of a pass among passes back to back.
+class LonePasses:
+    """A rank's own passes over one micro-batch, back to back, without neighbours; to be timed again and again.
 
     Args:
-        one_pass: Runs a micro-batch through a stage, without neighbours.
-        device: Where it runs; passes on CPUs are timed one by one.
+        one_pass: Runs a micro-batch through a stage.
+        device: Where it runs.
         pool: As for `captured`.
         replayed: Whether passes are replayed from a CUDA graph, rather than launched.
-        warm_up_seconds: Least time before; GPUs lower their clocks under sustained load.
-        group: Ranks that share the stage's layers, or None; they all call this.
+        group: Ranks that share the stage's layers, or None; they all make one, and call it together.
     """
-    count = min(_passes_in_span(one_pass, group), _PASSES) if device.type == "cuda" else 1
 
-    def passes() -> None:
-        for _ in range(count):
-            one_pass()
+    def __init__(
+        self, one_pass: Callable[[], None], device: torch.device, *, pool: Any, replayed: bool, group: Any = None
+    ) -> None:
+        self._group, self._launch, self._passes = group, one_pass, 1
+        self._seconds = self._warm_seconds()
+        if replayed:
+            self._passes = min(math.ceil(_GRAPH_SECONDS / self._seconds), _PASSES)
+            self._graph = captured(lambda: self._run(one_pass, self._passes), device, warm_up=one_pass, pool=pool)
+            self._launch = self._graph.replay
+            self._seconds = self._warm_seconds()
 
-    launch, rounds = passes, 1
-    if replayed:
-        launch, rounds = captured(passes, device, warm_up=one_pass, pool=pool).replay, _REPLAYS
+    def seconds(self, least_seconds: float) -> float:
+        """Seconds of a pass, on the slowest rank of the group; many passes, that take about so long together."""
+        return self._span(math.ceil(least_seconds / self._seconds / self._passes))
 
-    def launch_all() -> None:
-        for _ in range(rounds):
-            launch()
+    def _warm_seconds(self) -> float:
+        return [self._span(1) for _ in range(_WARM_UP_PASSES)][-1]
 
-    warm_up_seconds = warm_up_seconds if device.type == "cuda" else 0.0
-    seconds = stage_alone_seconds(lambda _: launch_all(), None, warm_up_seconds=warm_up_seconds, group=group)
-    return seconds / (count * rounds)
-
-
-def _passes_in_span(one_pass: Callable[[], None], group: Any) -> int:
-    """How many passes, launched one by one, fill a span; the same on all ranks of the group."""
-    for _ in range(_WARM_UP_PASSES):
+    def _span(self, launches: int) -> float:
         synchronize()
         start = time.perf_counter()
         with torch.no_grad():
-            one_pass()
+            self._run(self._launch, launches)
         synchronize()
-        seconds = slowest(time.perf_counter() - start, group)
-    return math.ceil(_SPAN_SECONDS / seconds)
+        return slowest(time.perf_counter() - start, self._group) / (launches * self._passes)
+
+    @staticmethod
+    def _run(work: Callable[[], None], times: int) -> None:
+        for _ in range(times):
+            work()

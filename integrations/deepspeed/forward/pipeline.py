@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import statistics
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -13,7 +14,7 @@ from torch import distributed
 
 from lp_plugin.errors import RuntimeEnvironmentError, UnsupportedModelError, WorkloadError
 from lp_plugin.integrations.deepspeed.forward import schedule
-from lp_plugin.integrations.deepspeed.forward.capture import captured, pass_seconds
+from lp_plugin.integrations.deepspeed.forward.capture import ALONE_SECONDS, LonePasses, captured
 from lp_plugin.integrations.deepspeed.forward.hops import NUM_BUFFERS, Hops, received_beside
 from lp_plugin.integrations.deepspeed.forward.stage_work import StageWork
 from lp_plugin.integrations.deepspeed.generation.ring import Ring, find_widths
@@ -34,6 +35,10 @@ micro-batches took 14% longer than its passes). So a short part comes first; the
 is busy with it, and is longer, since each part begins with a message that nothing hides."""
 _WORTH_IT = 1.05
 """How many times longer eager passes must take than replayed ones for graphs to be chosen."""
+_TURNS, _TURN_SECONDS = 5, 0.2
+"""In which the two are timed."""
+_WARM_UP_SECONDS = 1.0
+"""On a GPU, before a stage alone is timed first."""
 _GRAPHS_DO_NOT_PAY, _GRAPHS_PAY, _NO_GRAPHS, _FAILED = range(4)
 """What a rank says to graphs; the highest vote of a pipeline's ranks decides."""
 
@@ -87,6 +92,7 @@ class ForwardPipeline:
         """Of replayed runs with labels, and without."""
         self._outgoing: torch.Tensor | None = None
         """What the pass just run hands on."""
+        self._lone: LonePasses | None = None
         shared = engine.grid.get_slice_parallel_world_size() > 1
         self._stage_group = engine.grid.get_slice_parallel_group() if shared else None
         engine.module.eval()
@@ -136,11 +142,17 @@ class ForwardPipeline:
         return self._work.results(labelled=labelled)
 
     def alone_seconds(self) -> float:
-        """Median seconds of this rank's own pass over one micro-batch, as it is executed, without neighbours.
+        """Seconds of this rank's own pass over one micro-batch, as it is executed, without neighbours.
 
-        Collective over the ranks that share the stage's layers. Stages that share a CPU should take turns.
+        The mean over 0.3 s (CPU 0.1 s) of passes; the first call warms up before. Collective over the ranks that share
+        the stage's layers. Stages that share a CPU should take turns.
         """
-        return self._pass_seconds(replayed=self.execution != "eager", warm_up_seconds=1.0)
+        with self._work.passing():
+            if self._lone is None:
+                self._lone = self._lone_passes(replayed=self.execution != "eager")
+                if self._device.type == "cuda":
+                    self._lone.seconds(_WARM_UP_SECONDS)
+            return self._lone.seconds(ALONE_SECONDS[self._device.type])
 
     def release(self) -> None:
         """Waits for the device and gives back the memory of graphs, inputs and results; nothing runs afterwards.
@@ -150,7 +162,7 @@ class ForwardPipeline:
         synchronize()
         self._graphs.clear()
         self._results.clear()
-        self._outgoing = None
+        self._outgoing = self._lone = None
         del self._work
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
@@ -183,7 +195,10 @@ class ForwardPipeline:
             return _GRAPHS_DO_NOT_PAY
         if not capturable:
             return _NO_GRAPHS
-        eager, replayed = (self._pass_seconds(replayed=each) for each in (False, True))
+        with self._work.passing():
+            both = [self._lone_passes(replayed=each) for each in (False, True)]
+            turns = [[passes.seconds(_TURN_SECONDS) for passes in both] for _ in range(_TURNS + 1)]
+        eager, replayed = (statistics.median(each) for each in zip(*turns[1:], strict=True))  # the first warms up
         return _GRAPHS_PAY if eager > _WORTH_IT * replayed else _GRAPHS_DO_NOT_PAY
 
     def _together(self, attempt: Callable[[], int]) -> int:
@@ -269,16 +284,14 @@ class ForwardPipeline:
             self._hops.send(micro_batch, self._outgoing)
         self._outgoing = None
 
-    def _pass_seconds(self, *, replayed: bool, warm_up_seconds: float = 0.5) -> float:
-        with self._work.passing():
-            return pass_seconds(
-                lambda: self._forward(0, labelled=self._work.has_loss),
-                self._device,
-                pool=self._pool(),
-                replayed=replayed,
-                warm_up_seconds=warm_up_seconds,
-                group=self._stage_group,
-            )
+    def _lone_passes(self, *, replayed: bool) -> LonePasses:
+        return LonePasses(
+            lambda: self._forward(0, labelled=self._work.has_loss),
+            self._device,
+            pool=self._pool(),
+            replayed=replayed,
+            group=self._stage_group,
+        )
 
 
 def _parts(num_micro_batches: int) -> tuple[int, ...]:

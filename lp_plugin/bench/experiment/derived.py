@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from lp_plugin.bench.experiment.results import CaseResult, Prediction, Row
@@ -36,6 +36,7 @@ __all__ = [
     "regrets",
     "row_figures",
     "rows_that_ran",
+    "same_memory",
     "stage_errors",
 ]
 
@@ -260,6 +261,15 @@ def link_share(row: Row, links: Links) -> float | None:
     )
     measured = [counters.nvlink_bytes for counters in row.counters if counters.nvlink_bytes is not None]
     return max(measured) / row.median_seconds / best if measured and row.seconds and best else None
+
+
+def same_memory(layers: Sequence[LayerTimes]) -> list[list[LayerTimes]]:
+    """Together those that are the same layers, with the same memory, timed in several ways."""
+    found: dict[tuple[object, ...], list[LayerTimes]] = {}
+    for times in layers:
+        which = (times.tensor_parallel, times.granularity, times.rows, times.weight_bytes, times.peak_bytes)
+        found.setdefault(which, []).append(times)
+    return list(found.values())
 
 
 def profile_of(case: CaseResult, times: LayerTimes) -> ModelProfile | None:

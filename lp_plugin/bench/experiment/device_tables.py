@@ -11,6 +11,7 @@ from lp_plugin.bench.experiment.derived import (
     layer_rest_bytes,
     link_share,
     profile_of,
+    same_memory,
 )
 from lp_plugin.bench.experiment.document import Figures
 from lp_plugin.bench.experiment.results import CaseResult
@@ -142,7 +143,7 @@ def _memory_access_notes(case: CaseResult) -> list[str]:
 
 def footprint_table(case: CaseResult) -> Figures | None:
     """A row per distinct layer: memory and time, predicted beside measured; None if no layer was timed."""
-    rows = tuple(row for times in case.layers for row in _footprint_rows(case, times))
+    rows = tuple(row for ways in same_memory(case.layers) for row in _footprint_rows(case, ways))
     if not rows:
         return None
     headings = ("layer", "TP", "timed as", "weights", "measured", "error", "output and buffers", "measured", "error")
@@ -155,24 +156,24 @@ def footprint_table(case: CaseResult) -> Figures | None:
             "Of one rank, one micro-batch. Predicted from the configuration alone, "
             "then measured, then the error of the prediction. Output and buffers: the most that is alive beside "
             "weights and input. Time: alone, weights from memory; in the first tier: over and over on one copy, "
-            "where it could fit.",
+            "where it could fit; if timed in several ways, in that order.",
         ),
     ).without_empty()
 
 
-def _footprint_rows(case: CaseResult, times: LayerTimes) -> Iterable[tuple[str, ...]]:
-    profile = profile_of(case, times)
+def _footprint_rows(case: CaseResult, ways: Sequence[LayerTimes]) -> Iterable[tuple[str, ...]]:
+    times, profile = ways[0], profile_of(case, ways[0])
     if profile is None:
         return
-    for places in _alike(profile.layers, times):
+    for places in _alike(profile.layers, ways):
         first, last = places[0], places[-1]
         layer, weights, peak = profile.layers[first], times.weight_bytes[first], times.peak_bytes[first]
         buffers = layer_rest_bytes(case, times, layer)
-        resident = times.resident_seconds[first]
+        residents = [each.resident_seconds[first] for each in ways]
         yield (
             layer.name if first == last else f"{layer.name} .. {profile.layers[last].name}, each of {len(places)}",
             str(times.tensor_parallel),
-            times.execution,
+            ", ".join(each.execution for each in ways),
             bytes_text(layer.weight_bytes),
             bytes_text(weights),
             change_text(layer.weight_bytes / weights - 1) if weights else "",
@@ -180,8 +181,8 @@ def _footprint_rows(case: CaseResult, times: LayerTimes) -> Iterable[tuple[str, 
             bytes_text(peak),
             change_text(buffers / peak - 1) if peak else "",
             bytes_text(layer.weight_bytes + buffers),
-            _above_noise(times.seconds[first]),
-            "" if resident is None else _above_noise(resident),
+            ", ".join(_above_noise(each.seconds[first]) for each in ways),
+            ", ".join(_above_noise(each) for each in residents if each is not None),
         )
 
 
@@ -190,11 +191,11 @@ def _above_noise(seconds: float) -> str:
     return seconds_text(seconds) if seconds >= _NOISE_SECONDS else f"< {format_seconds(_NOISE_SECONDS)}"
 
 
-def _alike(layers: Sequence[LayerCost], times: LayerTimes) -> list[list[int]]:
+def _alike(layers: Sequence[LayerCost], ways: Sequence[LayerTimes]) -> list[list[int]]:
     """Positions of layers that are the same but for their number, in order of the first of each kind."""
     found: dict[tuple[object, ...], list[int]] = {}
     for place, layer in enumerate(layers):
-        measured = (times.weight_bytes[place], times.peak_bytes[place], times.seconds[place])
+        measured = tuple((each.weight_bytes[place], each.peak_bytes[place], each.seconds[place]) for each in ways)
         found.setdefault((layer.kind, layer.weight_bytes, *measured), []).append(place)
     return list(found.values())
 

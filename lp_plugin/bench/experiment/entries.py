@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from deepspeed import comm as dist
 
 from lp_plugin.bench.experiment.agreement import together
 from lp_plugin.bench.experiment.choose import boundaries_of
@@ -69,6 +69,8 @@ class Entry:
     """Of its first run, as `Contender.outputs` gives them."""
     trials: list[Trial] = field(default_factory=list)
     """Of its turns."""
+    alone: list[tuple[float, ...]] = field(default_factory=list)
+    """Seconds of each stage by itself, in the same turns."""
 
     @property
     def is_control(self) -> bool:
@@ -99,6 +101,7 @@ class Entry:
             seconds=tuple(trial.seconds for trial in self.trials),
             first_token_seconds=tuple(trial.first_token_seconds for trial in self.trials),
             token_seconds=tuple(tokens),
+            alone_seconds=tuple(statistics.median(each) for each in zip(*self.alone, strict=True)),
             **self.fields,
         )
 
@@ -194,20 +197,6 @@ def _run_once(entry: Entry, contender: Contender, predicted: Sequence[tuple[int,
         for rank, (weights, most) in zip(contender.ranks, predicted, strict=True)
     )
     entry.fields["execution"] = gather(contender.execution)[0]
-    entry.fields["alone_seconds"] = _alone_seconds(contender)
-
-
-def _alone_seconds(contender: Contender) -> tuple[float, ...]:
-    """Of each stage, the slowest of its ranks; stages that share a CPU take turns."""
-    mine = 0.0
-    for stage in range(contender.configuration.strategy.pipeline_parallel):
-        if contender.takes_part and (torch.cuda.is_available() or stage == contender.stage) and not mine:
-            mine = contender.alone_seconds()
-        dist.barrier()
-    slowest: dict[int, float] = {}
-    for stage, seconds in gather((contender.stage, mine)):
-        slowest[stage] = max(seconds, slowest.get(stage, 0.0))
-    return tuple(slowest[stage] for stage in sorted(slowest)) if all(slowest.values()) else ()
 
 
 def _predict(job: CaseJob, entry: Entry, measured: Measured) -> None:
@@ -236,7 +225,7 @@ def _predict(job: CaseJob, entry: Entry, measured: Measured) -> None:
 
 def again(entry: Entry) -> Entry:
     """The same contender under a name of its own: what differs is noise."""
-    return dataclasses.replace(entry, name=f"{entry.name} (again)", fields=dict(entry.fields), trials=[])
+    return dataclasses.replace(entry, name=f"{entry.name} (again)", fields=dict(entry.fields), trials=[], alone=[])
 
 
 def control_apart(there: Sequence[tuple[Entry, Contender]], baseline: str) -> list[tuple[Entry, Contender]]:

@@ -22,7 +22,7 @@ from lp_plugin.bench.experiment.derived import (
 )
 from lp_plugin.bench.experiment.document import Figures
 from lp_plugin.bench.experiment.results import CaseResult, Results, Row
-from lp_plugin.bench.experiment.scaling import SHARDED, WHOLE_LAYERS, rates_by_family, simulated_cases
+from lp_plugin.bench.experiment.scaling import SHARDED, WHOLE_LAYERS, rates_by_family, simulated_cases, starting_point
 from lp_plugin.bench.experiment.statistics import ratio_of_rates, spread
 from lp_plugin.bench.experiment.wording import change_text, ratio_text, seconds_text, share_text
 from lp_plugin.quantity import format_bytes
@@ -225,10 +225,10 @@ def _repeats(results: Results) -> str:
 
 
 def _scaling(results: Results) -> str:
-    parts = []
-    for family, curve in _simulated_curves(results).items():
-        fewest = min(curve)
-        steps = [f"{count}: {curve[count] / curve[fewest]:.2f}" for count in curve]
+    parts, curves = [], _simulated_curves(results)
+    for family, curve in curves.items():
+        _, rate = starting_point(curves, family)
+        steps = [f"{count}: {curve[count] / rate:.2f}" for count in curve]
         parts.append(f"{family} {', '.join(steps)}")
     return (
         f"simulated, over the fewest devices: {'; '.join(parts)}" if parts else "not simulated: no scale_out asked for"

@@ -13,9 +13,10 @@ from lp_plugin.bench.experiment.derived import (
     layer_rest_bytes,
     profile_of,
     row_figures,
+    same_memory,
 )
 from lp_plugin.bench.experiment.results import CaseResult, SimulatedRow
-from lp_plugin.bench.experiment.scaling import rates_by_family, simulated_cases
+from lp_plugin.bench.experiment.scaling import rates_by_family, simulated_cases, starting_point
 from lp_plugin.bench.experiment.statistics import Ratio
 from lp_plugin.bench.experiment.wording import ratio_text, tokens_text
 from lp_plugin.picture import save_figure
@@ -79,7 +80,8 @@ def _draw_ratio(axes: Any, place: int, ratio: Ratio, colour: str) -> None:
     if ratio.low is not None and ratio.high is not None:
         axes.plot([ratio.low, ratio.high], [place, place], color=colour, lw=5, alpha=0.4, solid_capstyle="butt")
     axes.plot(ratio.value, place, "o", color=colour, ms=4)
-    where = {"textcoords": "offset points", "ha": "center", "fontsize": 8}
+    box = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
+    where = {"textcoords": "offset points", "ha": "center", "fontsize": 8, "bbox": box}
     axes.annotate(ratio_text(ratio), (ratio.value, place), (0, 6), **where)
 
 
@@ -172,7 +174,7 @@ class _Bar(NamedTuple):
 
 def _layer_bars(case: CaseResult) -> Iterator[_Bar]:
     """The first block, as each degree of tensor parallelism holds it."""
-    for times in case.layers:
+    for times, *_ in same_memory(case.layers):
         profile = profile_of(case, times)
         place = None if profile is None else first_block(profile)
         if profile is None or place is None:
@@ -213,9 +215,8 @@ def scaling_picture(simulated: Sequence[SimulatedRow], path: Path) -> bool:
         for family, curve in curves.items():
             colour, marker = _FAMILIES.get(family, (_RED, "v"))
             axes.plot(list(curve), list(curve.values()), color=colour, marker=marker, label=family, alpha=0.85)
-            fewest, most = min(curve), max(curve)
-            ideal = [curve[fewest], curve[fewest] * most / fewest]
-            axes.plot([fewest, most], ideal, color=colour, lw=0.8, ls=":")
+            (fewest, rate), most = starting_point(curves, family), max(curve)
+            axes.plot([fewest, most], [rate, rate * most / fewest], color=colour, lw=0.8, ls=":")
         axes.set_xticks(sorted({devices for curve in curves.values() for devices in curve}))
         axes.set_ylim(bottom=0)
         axes.yaxis.set_major_formatter("{x:,.0f}")

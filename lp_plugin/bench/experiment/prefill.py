@@ -13,7 +13,7 @@ from lp_plugin.bench.experiment.engines import Built
 from lp_plugin.bench.experiment.settings import Case, Configuration
 from lp_plugin.integrations.deepspeed import forward
 from lp_plugin.integrations.deepspeed.engine import ready_for_batch
-from lp_plugin.integrations.deepspeed.forward.capture import pass_seconds
+from lp_plugin.integrations.deepspeed.forward.capture import ALONE_SECONDS, LonePasses
 from lp_plugin.integrations.deepspeed.forward.whole_rows import whole_rows
 
 __all__ = ["Prefill", "StockPrefill"]
@@ -83,6 +83,7 @@ class StockPrefill(Contender):
         super().__init__(case, configuration, built)
         self.execution = "stock"
         self._last: torch.Tensor | None = None
+        self._lone: LonePasses | None = None
 
     def prepare(self) -> None:
         """See `Contender.prepare`."""
@@ -103,18 +104,17 @@ class StockPrefill(Contender):
 
     def alone_seconds(self) -> float:
         """See `Contender.alone_seconds`."""
-        group = None
-        if self.configuration.strategy.tensor_parallel > 1:
-            group = self.engine.grid.get_slice_parallel_group()
-        stage, inputs = self._whole_stage(), self._stage_input()
         with whole_rows():
-            return pass_seconds(
-                lambda: stage(inputs), self.device, pool=None, replayed=False, warm_up_seconds=1.0, group=group
-            )
+            if self._lone is None:
+                stage, inputs = self._whole_stage(), self._stage_input()
+                shared = self.configuration.strategy.tensor_parallel > 1
+                group = self.engine.grid.get_slice_parallel_group() if shared else None
+                self._lone = LonePasses(lambda: stage(inputs), self.device, pool=None, replayed=False, group=group)
+            return self._lone.seconds(ALONE_SECONDS[self.device.type])
 
     def release(self) -> None:
         """See `Contender.release`."""
-        self._inputs, self._last = [], None
+        self._inputs, self._last, self._lone = [], None, None
 
     def _first(self) -> None:
         self._run(self._inputs[:1])

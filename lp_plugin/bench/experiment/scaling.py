@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from lp_plugin.bench.experiment.document import Figures
 from lp_plugin.bench.experiment.results import Results, SimulatedRow
 from lp_plugin.bench.experiment.wording import boundaries_text, change_text, in_one_line, share_text, tokens_text
 
-__all__ = ["SHARDED", "WHOLE_LAYERS", "rates_by_family", "scaling_tables", "simulated_cases"]
+__all__ = ["SHARDED", "WHOLE_LAYERS", "rates_by_family", "scaling_tables", "simulated_cases", "starting_point"]
 
 SHARDED = "TP x PP"
 """The family that others are compared with."""
@@ -41,6 +41,20 @@ def _family(row: SimulatedRow) -> str:
     return f"{family}, sub-layer cuts" if row.granularity == "sublayer" else family
 
 
+def starting_point(curves: Mapping[str, Mapping[int, float]], family: str) -> tuple[int, float]:
+    """What a curve is compared with: fewest devices and their rate; of finer cuts those of whole layers.
+
+    Args:
+        curves: Of one case, as `rates_by_family` gives them.
+        family: One of them.
+    """
+    curve = curves[family]
+    if family.startswith(f"{WHOLE_LAYERS},"):
+        curve = curves.get(WHOLE_LAYERS, curve)
+    fewest = min(curve)
+    return fewest, curve[fewest]
+
+
 def scaling_tables(results: Results) -> list[Figures]:
     """A table per case that larger clusters were simulated for."""
     return [_scaling_table(rows, case) for case, rows in simulated_cases(results.simulated).items()]
@@ -55,9 +69,9 @@ def _scaling_table(simulated: Sequence[SimulatedRow], case: str) -> Figures:
             start = (str(row.devices), row.strategy, cuts, "not simulated")
             rows.append((*start, *[""] * 5, in_one_line(row.reason)))
             continue
-        curve, baseline = curves[_family(row)], curves.get(SHARDED, {}).get(row.devices)
-        fewest = min(curve)
-        speedup, ideal = row.tokens_per_second / curve[fewest], row.devices / fewest
+        baseline = curves.get(SHARDED, {}).get(row.devices)
+        fewest, least = starting_point(curves, _family(row))
+        speedup, ideal = row.tokens_per_second / least, row.devices / fewest
         is_compared = baseline is not None and _family(row) != SHARDED
         rows.append(
             (

@@ -8,11 +8,13 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from deepspeed import comm as dist
 from numpy.typing import NDArray
 
 from lp_plugin.bench.experiment.contender import Contender, Outputs, Trial
+from lp_plugin.job.ranks import gather
 
-__all__ = ["differs", "passes_per_turn", "take_turn", "turn_order", "warm_up"]
+__all__ = ["differs", "passes_per_turn", "take_turn", "time_alone", "turn_order", "warm_up"]
 
 _WARM_UP_SECONDS = {True: 2.0, False: 0.5}
 """At least, by whether there are GPUs, whose clocks fall under load."""
@@ -50,6 +52,23 @@ def take_turn(contender: Contender, passes: int) -> Trial:
         first_token_seconds=statistics.median(each.first_token_seconds for each in trials),
         token_seconds=statistics.median(tokens) if tokens else None,
     )
+
+
+def time_alone(contender: Contender) -> tuple[float, ...]:
+    """Seconds of each stage over one micro-batch by itself, the slowest of its ranks; collective over all ranks.
+
+    Right after a turn, so that the devices are as warm as in it. Stages that share a CPU go one after the other. Empty
+    if that is not measured.
+    """
+    mine = 0.0
+    for stage in range(contender.configuration.strategy.pipeline_parallel):
+        if contender.takes_part and (torch.cuda.is_available() or stage == contender.stage) and not mine:
+            mine = contender.alone_seconds()
+        dist.barrier()
+    slowest: dict[int, float] = {}
+    for stage, seconds in gather((contender.stage, mine)):
+        slowest[stage] = max(seconds, slowest.get(stage, 0.0))
+    return tuple(slowest[stage] for stage in sorted(slowest)) if all(slowest.values()) else ()
 
 
 def turn_order(count: int, turns: int) -> list[int]:

@@ -36,7 +36,7 @@ def bytes_text(num_bytes: float | None) -> str:
 
 def share_text(share: float | None, digits: int = 1) -> str:
     """Such as ``12.3%``."""
-    return NOT_MEASURED if share is None else f"{share:.{digits}%}"
+    return NOT_MEASURED if share is None else f"{round(share, digits + 2) + 0.0:.{digits}%}"  # and no -0.0%
 
 
 def change_text(change: float | None) -> str:

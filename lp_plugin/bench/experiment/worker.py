@@ -22,7 +22,7 @@ from lp_plugin.bench.experiment.job import CaseJob, LeftOutError, case_fields, k
 from lp_plugin.bench.experiment.progress import Steps
 from lp_plugin.bench.experiment.results import CaseResult
 from lp_plugin.bench.experiment.settings import Case, Execution, WantedTimes
-from lp_plugin.bench.experiment.trials import differs, passes_per_turn, take_turn, turn_order, warm_up
+from lp_plugin.bench.experiment.trials import differs, passes_per_turn, take_turn, time_alone, turn_order, warm_up
 from lp_plugin.errors import HardwareError
 from lp_plugin.hardware import Cluster
 from lp_plugin.integrations.deepspeed.alone.layer_times import time_model_layers
@@ -232,12 +232,14 @@ def _take_turns(job: CaseJob, entries: list[Entry], steps: Steps) -> list[str]:
         steps.begin(f"warming up {entry.name}", entry.configuration.name)
         trial = warm_up(contender)
         passes.append(passes_per_turn(trial))
+        time_alone(contender)
         steps.say(f"{entry.name} is warm, {_rate(job, trial)}")
     turns = []
     for position in turn_order(len(there), job.trials):
         entry, contender = there[position]
         steps.begin(f"running {entry.name}", entry.configuration.name)
         entry.trials.append(take_turn(contender, passes[position]))
+        entry.alone.append(time_alone(contender))
         turns.append(entry.name)
         steps.say(f"turn {len(entry.trials)} of {job.trials}: {entry.name}, {_rate(job, entry.trials[-1])}")
     return turns
