@@ -5,75 +5,20 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-import os
 import socket
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
+from tiny_experiment import ROOT, TINY
 
-from lp_plugin.bench.experiment.command import run_experiment
-from lp_plugin.bench.experiment.job import (
-    CaseJob,
-    Doing,
-    empty_result,
-    in_a_line,
-    keep_measured,
-    note_reason,
-    run_case,
-    write_model,
-)
-from lp_plugin.bench.experiment.results import CaseResult, Results, Row, load_results
+from lp_plugin.bench.experiment.results import Results, Row, load_results
 from lp_plugin.bench.experiment.settings import read_experiment
-from lp_plugin.errors import RankFailedError, RuntimeEnvironmentError, WorkloadError
-from lp_plugin.report import console
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 Main = Callable[..., tuple[int, str, str]]
-ROOT = Path(__file__).parents[2]
-SHRUNK = (
-    "{ num_hidden_layers = 3, hidden_size = 64, intermediate_size = 128, num_attention_heads = 4, "
-    "num_key_value_heads = 4 }"
-)
-TINY = f"""
-title = "Tiny"
-model = "{ROOT / "examples" / "dense16" / "small"}"
-trials = 2
-
-[[case]]
-name = "prefill"
-changes = {SHRUNK}
-processes = 2
-phase = "prefill"
-batch = 5
-micro_batch = 2
-sequence = 16
-configurations = ["tp=2", "pp=2 uniform", "pp=2 uniform stock", "pp=2 graphs", "dp=2", "1", "1 stock"]
-counters = true
-
-[[case]]
-name = "decode"
-changes = {SHRUNK}
-processes = 2
-phase = "decode"
-batch = 3
-sequence = 8
-new_tokens = 4
-configurations = ["pp=2", "dp=2", "1", "1 compiled"]
-baseline = "1"
-
-[[case]]
-name = "half"
-dtype = "float16"
-processes = 2
-phase = "prefill"
-batch = 2
-sequence = 8
-configurations = ["dp=2"]
-"""
 
 
 @pytest.fixture(scope="module")
@@ -197,101 +142,6 @@ def test_help_shows_the_experiment(main: Main) -> None:
     assert "Run an experiment" in out
 
 
-@pytest.fixture
-def job(tmp_path: Path) -> CaseJob:
-    file = tmp_path / "tiny.toml"
-    file.write_text(TINY, encoding="utf-8")
-    case = read_experiment(file).cases[0]
-    directory = write_model(case, tmp_path / "model")
-    return CaseJob(case=case, directory=str(directory), folder="", trials=2, tables=frozenset(), times=())
-
-
-class Processes:
-    """In place of `launch_local`: ends as processes do that meet certain configurations."""
-
-    def __init__(self, ends: dict[str | None, BaseException], reason: str = "") -> None:
-        self.ends, self.reason = ends, reason
-        self.tried: list[dict[str, str]] = []
-
-    def __call__(self, num_processes: int, entry: Any, job: CaseJob) -> CaseResult:
-        os.environ["OMP_NUM_THREADS"] = str(num_processes)
-        self.tried.append(dict(job.excluded))
-        for name, error in self.ends.items():
-            if name not in job.excluded:
-                Doing(what=f"running {name}", configuration=name).note(job.folder)
-                if self.reason:
-                    note_reason(job.folder, RuntimeError(self.reason))
-                raise error
-        return empty_result(job.case, "")
-
-
-KILLED = RankFailedError("rank 1 was killed by SIGKILL; the other ranks were stopped.")
-ENDED = RankFailedError("rank 0 ended with exit code 1; the other ranks were stopped.")
-
-
-def tried(job: CaseJob, processes: Processes, monkeypatch: pytest.MonkeyPatch) -> tuple[CaseResult, list[str]]:
-    monkeypatch.setattr("lp_plugin.job.launch.launch_local", processes)
-    said: list[str] = []
-    return run_case(job, lambda job: None, said.append), said
-
-
-def test_a_configuration_that_ends_its_processes_is_left_out(job: CaseJob, monkeypatch: pytest.MonkeyPatch) -> None:
-    threads = os.environ.get("OMP_NUM_THREADS")
-    processes = Processes({"tp=2": KILLED, "dp=2": KILLED})
-    result, said = tried(job, processes, monkeypatch)
-    assert not result.reason
-    reason = "rank 1 was killed by SIGKILL while running"
-    assert processes.tried == [{}, {"tp=2": f"{reason} tp=2"}, {"tp=2": f"{reason} tp=2", "dp=2": f"{reason} dp=2"}]
-    assert "starts again" in said[0]
-    assert os.environ.get("OMP_NUM_THREADS") == threads
-
-
-@pytest.mark.parametrize(
-    ("error", "note", "reason"),
-    [
-        (KILLED, "", "rank 1 was killed by SIGKILL while running None"),
-        (KILLED, "socket closed", "rank 1 was killed by SIGKILL while running None"),
-        (ENDED, "bad things", "RuntimeError: bad things while running None"),
-        (ENDED, "", "no progress in 600 seconds"),
-        (SystemExit(2), "too much", "RuntimeError: too much while running None"),
-        (RuntimeEnvironmentError("no port."), "", "no port while running None"),
-    ],
-)
-def test_a_case_that_fails_by_itself(
-    job: CaseJob, monkeypatch: pytest.MonkeyPatch, error: BaseException, note: str, reason: str
-) -> None:
-    result, said = tried(job, Processes({None: error}, note), monkeypatch)
-    assert result.reason.startswith(reason)
-    assert result.rows == ()
-    assert reason in said[0]
-
-
-def test_trials_are_kept_if_the_processes_fail_afterwards(job: CaseJob, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Profiled(Processes):
-        def __call__(self, num_processes: int, entry: Any, job: CaseJob) -> CaseResult:
-            row = Row(name="1", data_parallel=1, tensor_parallel=1, pipeline_parallel=1, partition="", seconds=(1.0,))
-            keep_measured(job, dataclasses.replace(empty_result(job.case, ""), rows=(row,)))
-            return super().__call__(num_processes, entry, job)
-
-    processes = Profiled({"tp=2": KILLED})
-    result, said = tried(job, processes, monkeypatch)
-    assert len(processes.tried) == 1
-    assert not result.reason
-    assert [row.seconds for row in result.rows] == [(1.0,)]
-    assert result.note.endswith("nothing is kept: rank 1 was killed by SIGKILL while running tp=2")
-    assert "its trials, which are kept" in said[0]
-
-
-def test_nothing_at_all_that_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lp_plugin.job.launch.launch_local", Processes({None: KILLED}))
-    (tmp_path / "tiny.toml").write_text(TINY, encoding="utf-8")
-    experiment = read_experiment(tmp_path / "tiny.toml")
-    with pytest.raises(RuntimeEnvironmentError, match=r"nothing ran; the first reason: rank 1 was killed"):
-        run_experiment(console(), experiment, folder=tmp_path / "out", tables=("performance",))
-    assert [bool(case.reason) for case in load_results(tmp_path / "out" / "results.json").cases] == [True] * 3
-    assert (tmp_path / "out" / "report.html").exists()
-
-
 @pytest.mark.parametrize("file", sorted((ROOT / "examples" / "bench").glob("*.toml")), ids=lambda file: file.stem)
 def test_examples_are_understood(file: Path) -> None:
     assert read_experiment(file).cases
@@ -300,18 +150,6 @@ def test_examples_are_understood(file: Path) -> None:
 def test_the_example_for_cpus() -> None:
     cases = read_experiment(ROOT / "examples" / "bench" / "cpu.toml").cases
     assert {(case.processes, case.phase) for case in cases} == {(2, "prefill"), (4, "prefill"), (2, "decode")}
-
-
-def test_an_error_in_a_line() -> None:
-    assert in_a_line(WorkloadError("too long; shorten it.\na table")) == "too long; shorten it"
-    assert in_a_line(ValueError("first\nsecond")) == "ValueError: first"
-    assert in_a_line(ValueError()) == "ValueError"
-
-
-def test_the_model_directory_names_no_end(job: CaseJob) -> None:
-    config = json.loads((Path(job.directory) / "config.json").read_text(encoding="utf-8"))
-    assert config["eos_token_id"] is None
-    assert (config["hidden_size"], config["vocab_size"]) == (64, 264)
 
 
 def test_all_sequences_are_shared_out() -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from lp_plugin.bench.experiment.job import CaseJob, empty_result, run_case, write_model
+from lp_plugin.bench.experiment.job import CaseInterrupt, CaseJob, empty_result, run_case, write_model
 from lp_plugin.bench.experiment.output import RESULTS, keep, made_folder, report
 from lp_plugin.bench.experiment.results import CaseResult, Results
 from lp_plugin.bench.experiment.scale_out import needed_times, simulate_scale_out
@@ -62,9 +62,12 @@ def run_experiment(console: Console, experiment: Experiment, *, folder: Path | N
             found = _run(console, experiment, case, frozenset(tables), start)
             results = dataclasses.replace(results, cases=(*results.cases, found))
             keep(results, folder)
-    except KeyboardInterrupt:  # typer would end without a word
-        kept = f"finished cases are in {folder / RESULTS}, lp-plugin bench report {folder} makes their report"
-        print(f"interrupted; {kept if results.cases else 'no case is finished'}", file=sys.stderr)  # noqa: T201
+    except KeyboardInterrupt as interrupt:  # typer would end without a word
+        if isinstance(interrupt, CaseInterrupt):
+            results = dataclasses.replace(results, cases=(*results.cases, interrupt.measured))
+            keep(results, folder)
+        kept = f"what is measured is in {folder / RESULTS}, lp-plugin bench report {folder} makes the report"
+        print(f"interrupted; {kept if results.cases else 'nothing is measured yet'}", file=sys.stderr)  # noqa: T201
         raise SystemExit(130) from None
     if "scaling" in tables:
         results = dataclasses.replace(results, simulated=simulate_scale_out(experiment, results.cases))

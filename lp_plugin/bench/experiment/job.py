@@ -19,6 +19,7 @@ from lp_plugin.job import launch
 
 __all__ = [
     "STALLED_SECONDS",
+    "CaseInterrupt",
     "CaseJob",
     "Doing",
     "LeftOutError",
@@ -41,6 +42,18 @@ _DOING, _REASON, _MEASURED = "doing.json", "reason.txt", "measured.json"
 
 class LeftOutError(Exception):
     """A configuration can't be run here; raised on every rank, the message says why."""
+
+
+class CaseInterrupt(KeyboardInterrupt):
+    """The user, or the machine, wants an end in the middle of a case that has had trials.
+
+    Args:
+        measured: What they have given.
+    """
+
+    def __init__(self, measured: CaseResult) -> None:
+        super().__init__()
+        self.measured = measured
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,7 +120,7 @@ def note_reason(folder: str, error: BaseException) -> None:
 
 
 def keep_measured(job: CaseJob, found: CaseResult) -> None:
-    """Leaves what the trials have given for the parent, in case the processes don't come to their end."""
+    """Leaves what the trials have given so far for the parent, in case the processes don't come to their end."""
     kept = Results(command="", experiment="", title="", trials=job.trials, cases=(found,))
     save_results(kept, Path(job.folder) / _MEASURED)
 
@@ -118,10 +131,16 @@ def _measured(folder: str) -> CaseResult | None:
     return load_results(path).cases[0] if path.exists() else None
 
 
+def _rounds(measured: CaseResult) -> int:
+    """Trials of each configuration; rounds are kept whole."""
+    return max(len(row.seconds) for row in measured.rows)
+
+
 def run_case(job: CaseJob, entry: Callable[[CaseJob], CaseResult | None], say: Callable[[str], None]) -> CaseResult:
     """Runs a case in processes of its own; a configuration that ends them is left out of another try.
 
-    Once the trials are done there is no other try: what they have given is kept.
+    Once the trials are done there is no other try: what they have given is kept, and so it is where no other try could
+    help, or none is wanted.
 
     Args:
         job: What to do.
@@ -131,6 +150,9 @@ def run_case(job: CaseJob, entry: Callable[[CaseJob], CaseResult | None], say: C
     Returns:
         The result; with a note if the processes failed after the trials; without rows, and with a reason, if they
         failed before with no configuration to blame.
+
+    Raises:
+        CaseInterrupt: If it was interrupted after a round of trials.
     """
     while True:
         with tempfile.TemporaryDirectory(prefix="lp-plugin-bench-") as folder:
@@ -141,13 +163,19 @@ def run_case(job: CaseJob, entry: Callable[[CaseJob], CaseResult | None], say: C
                 doing = Doing.noted(folder)
                 reason = f"{_why(error, folder)} while {doing.what}"
                 measured = _measured(folder)
-        if measured is not None:
-            say(f"case {job.case.name} ended after its trials, which are kept: {reason}")
-            return dataclasses.replace(
-                measured, note=f"ended after its trials, of what comes later nothing is kept: {reason}"
-            )
+            except KeyboardInterrupt:
+                measured = _measured(folder)
+                if measured is None:
+                    raise
+                note = f"interrupted after {_rounds(measured)} of {job.trials} trials"
+                raise CaseInterrupt(dataclasses.replace(measured, note=note)) from None
         blamed = doing.configuration
-        if blamed is None or blamed in job.excluded or len(job.excluded) == _MOST_RESTARTS:
+        no_other_try = blamed is None or blamed in job.excluded or len(job.excluded) == _MOST_RESTARTS
+        if measured is not None and (no_other_try or _rounds(measured) == job.trials):
+            say(f"case {job.case.name} ended after {_rounds(measured)} trials, which are kept: {reason}")
+            note = f"ended after {_rounds(measured)} trials, of what comes later nothing is kept: {reason}"
+            return dataclasses.replace(measured, note=note)
+        if blamed is None or no_other_try:
             say(f"case {job.case.name} failed: {reason}")
             return empty_result(job.case, reason)
         say(f"{blamed} is left out, and the case starts again: {reason}")

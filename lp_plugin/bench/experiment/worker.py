@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import gc
 import os
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -70,9 +71,11 @@ def _run(job: CaseJob) -> CaseResult | None:
 
     is_first = dist.get_rank() == 0
     if job.has_trials:
-        turns += _take_turns(job, entries, steps)
-        if is_first:
-            keep_measured(job, found())
+        for turn in _turns(job, entries, steps):
+            turns.append(turn)
+            whole_round = len({len(entry.trials) for entry, _ in running(entries)}) == 1
+            if is_first and whole_round:
+                keep_measured(job, found())
     if "time-split" in job.tables:
         profile_entries(entries, steps)
     if "memory-access" in job.tables and job.case.counters:
@@ -223,8 +226,8 @@ def _check_outputs(job: CaseJob, entries: list[Entry], steps: Steps) -> None:
             entry.leave_out(reason)
 
 
-def _take_turns(job: CaseJob, entries: list[Entry], steps: Steps) -> list[str]:
-    """Trials of all, the baseline a second time as the control; names in order of the turns."""
+def _turns(job: CaseJob, entries: list[Entry], steps: Steps) -> Iterator[str]:
+    """Trials of all, the baseline a second time as the control; yields whose turn it was."""
     entries += [again(entry) for entry, _ in running(entries) if entry.name == job.case.baseline]
     there = control_apart(running(entries), job.case.baseline)
     passes: list[int] = []
@@ -234,15 +237,13 @@ def _take_turns(job: CaseJob, entries: list[Entry], steps: Steps) -> list[str]:
         passes.append(passes_per_turn(trial))
         time_alone(contender)
         steps.say(f"{entry.name} is warm, {_rate(job, trial)}")
-    turns = []
     for position in turn_order(len(there), job.trials):
         entry, contender = there[position]
         steps.begin(f"running {entry.name}", entry.configuration.name)
         entry.trials.append(take_turn(contender, passes[position]))
         entry.alone.append(time_alone(contender))
-        turns.append(entry.name)
         steps.say(f"turn {len(entry.trials)} of {job.trials}: {entry.name}, {_rate(job, entry.trials[-1])}")
-    return turns
+        yield entry.name
 
 
 def _rate(job: CaseJob, trial: Trial) -> str:
