@@ -29,9 +29,8 @@ Execution = Literal["auto", "eager", "graphs", "compiled"]
 computing, else eager."""
 
 _FIRST_PART, _FURTHER_PART = 8, 32
-"""Micro-batches of a graph. The host needs some 0.4 us to launch each kernel of a graph, a seventh of what a small
-kernel takes, and the device waits for the first of them (2 x H200, hidden 1024, 16 tokens: one graph of 64
-micro-batches took 14% longer than its passes). So a short part comes first; the next one is launched while the device
+"""Micro-batches of a graph. The host needs time to launch a graph, for each of its kernels about a seventh of what a
+small kernel takes, and the device waits for it. So a short part comes first; the next one is launched while the device
 is busy with it, and is longer, since each part begins with a message that nothing hides."""
 _WORTH_IT = 1.05
 """How many times longer eager passes must take than replayed ones for graphs to be chosen."""
