@@ -137,8 +137,12 @@ class _JointRotation:
         if self._signed is None or self._sin is not sin:  # once per pass: all blocks get the same
             self._sin = sin
             self._signed = torch.cat((-sin[..., : size // 2], sin[..., size // 2 :]), dim=-1).unsqueeze(1)
-        both = torch.cat((q, k), dim=1)
-        both = both * cos.unsqueeze(1) + both.roll(size // 2, dims=-1) * self._signed
+        both, angles = torch.cat((q, k), dim=1), cos.unsqueeze(1)
+        turned = both.roll(size // 2, dims=-1)
+        if both.dtype == cos.dtype:  # in place: this is where a block's memory peaks
+            both.mul_(angles).add_(turned.mul_(self._signed))
+        else:
+            both = both * angles + turned * self._signed
         return both[:, : q.shape[1]], both[:, q.shape[1] :]
 
 
