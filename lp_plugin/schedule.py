@@ -14,19 +14,19 @@ from dataclasses import dataclass
 from lp_plugin.errors import WorkloadError
 
 __all__ = [
-    "BESIDE_BYTES",
     "Interval",
     "bubble_bound",
     "bubble_fraction",
     "forward_timeline",
     "makespan_seconds",
     "overlapped_seconds",
+    "received_beside",
     "ring_seconds",
 ]
 
 
-BESIDE_BYTES = 2**20
-"""Longest message that our forward pipeline receives beside compute on GPUs; see `forward.hops.received_beside`."""
+_BESIDE_BYTES = 2**20
+"""Longest message that our forward pipeline receives beside compute on GPUs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +77,16 @@ def overlapped_seconds(stage_seconds: Sequence[float], hop_seconds: Sequence[flo
         15.0
     """
     return makespan_seconds(_chain(stage_seconds, hop_seconds), num_micro_batches)
+
+
+def received_beside(num_bytes: float, *, on_gpu: bool) -> bool:
+    """Whether our forward pipeline receives a message while the stage computes, or between two passes.
+
+    On a GPU a receiving that waits for its message keeps multiprocessors from computing, the more of them the longer
+    the message is. Between passes a long one takes a small part of the time that computing takes for as many tokens. A
+    sending that waits slows down a stage that is ahead anyway.
+    """
+    return not on_gpu or num_bytes <= _BESIDE_BYTES
 
 
 def bubble_fraction(stage_seconds: Sequence[float], num_micro_batches: int, whole_seconds: float) -> float:

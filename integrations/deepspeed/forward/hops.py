@@ -8,22 +8,10 @@ import torch
 from torch import distributed
 from torch.utils.dlpack import from_dlpack, to_dlpack
 
-from lp_plugin.schedule import BESIDE_BYTES
-
-__all__ = ["NUM_BUFFERS", "Hops", "received_beside"]
+__all__ = ["NUM_BUFFERS", "Hops"]
 
 NUM_BUFFERS = 2
 """Micro-batches between two stages on each side: one that computes, one on its way."""
-
-
-def received_beside(num_bytes: int, device: torch.device) -> bool:
-    """Whether a message is received while the stage computes, or between two passes.
-
-    On a GPU a receiving that waits for its message keeps multiprocessors from computing, the more of them the longer
-    the message is. Between passes a long one takes a small part of the time that computing takes for as many tokens. A
-    sending that waits slows down a stage that is ahead anyway.
-    """
-    return device.type != "cuda" or num_bytes <= BESIDE_BYTES
 
 
 class Hops:

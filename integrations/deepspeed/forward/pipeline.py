@@ -15,11 +15,12 @@ from torch import distributed
 from lp_plugin.errors import RuntimeEnvironmentError, UnsupportedModelError, WorkloadError
 from lp_plugin.integrations.deepspeed.forward import schedule
 from lp_plugin.integrations.deepspeed.forward.capture import ALONE_SECONDS, LonePasses, captured
-from lp_plugin.integrations.deepspeed.forward.hops import NUM_BUFFERS, Hops, received_beside
+from lp_plugin.integrations.deepspeed.forward.hops import NUM_BUFFERS, Hops
 from lp_plugin.integrations.deepspeed.forward.stage_work import StageWork
 from lp_plugin.integrations.deepspeed.generation.ring import Ring, find_widths
 from lp_plugin.integrations.deepspeed.instructions import instructions
 from lp_plugin.measure.layers import synchronize
+from lp_plugin.schedule import received_beside
 
 __all__ = ["Execution", "ForwardPipeline"]
 
@@ -99,7 +100,7 @@ class ForwardPipeline:
         with torch.no_grad():
             widths = find_widths(ring, engine.module.stage, self._device, engine.module.torch_dtype)
         coming_bytes = rows * tokens * widths[0] * engine.module.torch_dtype.itemsize
-        self._receives_beside = received_beside(coming_bytes, self._device)
+        self._receives_beside = received_beside(coming_bytes, on_gpu=self._device.type == "cuda")
         self._hops = Hops(engine.grid)
         self._make_work: Callable[[], StageWork] = lambda: StageWork(
             engine.module,

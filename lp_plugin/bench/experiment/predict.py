@@ -33,7 +33,7 @@ from lp_plugin.generate.static_layers import workspace_bytes
 from lp_plugin.hardware import Cluster
 from lp_plugin.measured import LayerTimes, Links
 from lp_plugin.model import ModelProfile
-from lp_plugin.schedule import BESIDE_BYTES, makespan_seconds, overlapped_seconds, ring_seconds
+from lp_plugin.schedule import makespan_seconds, overlapped_seconds, received_beside, ring_seconds
 from lp_plugin.solver.layer_table import LayerTable
 from lp_plugin.solver.solve import evaluate
 
@@ -179,15 +179,12 @@ class _Expected:
             back = [self.messages.send_seconds(link, _TOKEN_BYTES * tokens) for link in self.group.links[-1:]]
             turns = [own + before for own, before in zip(stages, [*(back or [0.0]), *hops], strict=True)]
             return (self.case.new_tokens - 1) * ring_seconds(turns, num_micro_batches)
-        on_gpus = self.group.devices[0].name != "cpu"
-        if self.execution != "stock" and on_gpus and longest_message > BESIDE_BYTES:
-            return makespan_seconds(
-                [own + came for own, came in zip(stages, (0.0, *hops), strict=True)], num_micro_batches
-            )
-        if self.execution == "stock":
-            blocked = zip(stages, (0.0, *hops), (*hops, 0.0), strict=True)
-            return makespan_seconds([sum(each) for each in blocked], num_micro_batches)
-        return overlapped_seconds(stages, hops, num_micro_batches)
+        stock = self.execution == "stock"
+        if not stock and received_beside(longest_message, on_gpu=self.group.devices[0].name != "cpu"):
+            return overlapped_seconds(stages, hops, num_micro_batches)
+        leaving = hops if stock else (0.0,) * len(hops)
+        in_turn = zip(stages, (0.0, *hops), (*leaving, 0.0), strict=True)
+        return makespan_seconds([sum(each) for each in in_turn], num_micro_batches)
 
     def _on_cores(self, stages: Sequence[float]) -> float:
         """Seconds that the cores need at least for the work of all ranks."""
