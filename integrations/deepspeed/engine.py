@@ -37,10 +37,14 @@ __all__ = [
     "ready_for_batch",
     "slowest",
     "stage_alone_seconds",
+    "stage_group",
 ]
 
 _TIMEOUT = timedelta(hours=12)
 """Other ranks wait in a collective while rank 0 tokenizes; a dead rank is noticed by its launcher, not by this."""
+
+_PASSES_ALONE = 7
+"""Of a stage that is timed alone."""
 
 _TRAINING = frozenset({"optimizer", "scheduler", "zero_optimization", "train_batch_size", "bfloat16"})
 """Parts of a DeepSpeed configuration that an engine without optimizer does without."""
@@ -206,6 +210,11 @@ class InstructionTimer:
         return run
 
 
+def stage_group(grid: Any) -> Any:
+    """Of an engine's grid: the ranks that share this rank's stage, layer by layer; None if it has the stage alone."""
+    return grid.get_slice_parallel_group() if grid.get_slice_parallel_world_size() > 1 else None
+
+
 def stage_alone_seconds(
     stage: Callable[[Any], Any],
     inputs: Any,
@@ -213,7 +222,7 @@ def stage_alone_seconds(
     warm_up_seconds: float = 0.0,
     group: Any = None,
 ) -> float:
-    """Median seconds of 7 passes of this rank's stage over one micro-batch, without pipeline or neighbours.
+    """Median seconds of several passes of this rank's stage over one micro-batch, without pipeline or neighbours.
 
     Args:
         stage: This rank's layers.
@@ -225,7 +234,7 @@ def stage_alone_seconds(
     seconds: list[float] = []
     warm_up = 2
     with torch.no_grad():
-        while len(seconds) < warm_up + 7:
+        while len(seconds) < warm_up + _PASSES_ALONE:
             synchronize()
             start = time.perf_counter()
             stage(inputs)
@@ -233,7 +242,7 @@ def stage_alone_seconds(
             seconds.append(slowest(time.perf_counter() - start, group))
             if sum(seconds) < warm_up_seconds:
                 warm_up = len(seconds)
-    return statistics.median(seconds[-7:])
+    return statistics.median(seconds[-_PASSES_ALONE:])
 
 
 def slowest(seconds: float, group: Any) -> float:

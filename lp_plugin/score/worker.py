@@ -17,6 +17,7 @@ from lp_plugin.integrations.deepspeed.engine import (
     build_engine,
     quiet,
     stage_alone_seconds,
+    stage_group,
 )
 from lp_plugin.integrations.transformers.pipeline import HFPipelineModule
 from lp_plugin.job.journal import Journal
@@ -152,8 +153,7 @@ def _alone(module: HFPipelineModule, step: Step) -> float:
     stage = module.with_loss(module) if module.stage.has_head else module
     shared = module.lp_profile.tensor_parallel
     if torch.cuda.is_available():
-        group = module._grid.get_slice_parallel_group() if shared > 1 else None
-        return stage_alone_seconds(stage, inputs, warm_up_seconds=2.0, group=group)
+        return stage_alone_seconds(stage, inputs, warm_up_seconds=2.0, group=stage_group(module._grid))
     seconds = 0.0
     for turn in range(dist.get_world_size() // shared):
         if turn == dist.get_rank() // shared:

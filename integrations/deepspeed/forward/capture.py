@@ -13,10 +13,10 @@ import torch
 from lp_plugin.integrations.deepspeed.engine import slowest
 from lp_plugin.measure.layers import synchronize
 
-__all__ = ["ALONE_SECONDS", "LonePasses", "captured"]
+__all__ = ["LonePasses", "captured"]
 
-ALONE_SECONDS = {"cuda": 0.3, "cpu": 0.1}
-"""Over which a stage alone is timed, by type of device: a GPU at its power limit takes a fifth more or less from one
+_ALONE_SECONDS = {"cuda": 0.3, "cpu": 0.1}
+"""Over which passes are timed, by type of device: a GPU at its power limit takes a fifth more or less from one
 pass of 50 ms to the next."""
 
 _WARM_UP_PASSES = 2
@@ -70,6 +70,7 @@ class LonePasses:
         self, one_pass: Callable[[], None], device: torch.device, *, pool: Any, replayed: bool, group: Any = None
     ) -> None:
         self._group, self._launch, self._passes = group, one_pass, 1
+        self._usual_seconds = _ALONE_SECONDS[device.type]
         self._seconds = self._warm_seconds()
         if replayed:
             self._passes = min(math.ceil(_GRAPH_SECONDS / self._seconds), _PASSES)
@@ -77,9 +78,13 @@ class LonePasses:
             self._launch = self._graph.replay
             self._seconds = self._warm_seconds()
 
-    def seconds(self, least_seconds: float) -> float:
-        """Seconds of a pass, on the slowest rank of the group; many passes, that take about so long together."""
-        return self._span(math.ceil(least_seconds / self._seconds / self._passes))
+    def seconds(self, span_seconds: float | None = None) -> float:
+        """Seconds of a pass, on the slowest rank of the group: the mean over many.
+
+        Args:
+            span_seconds: What they take together, about; left out, 0.3 s (CPU 0.1 s).
+        """
+        return self._span(math.ceil((span_seconds or self._usual_seconds) / self._seconds / self._passes))
 
     def _warm_seconds(self) -> float:
         return [self._span(1) for _ in range(_WARM_UP_PASSES)][-1]

@@ -13,8 +13,9 @@ from deepspeed.runtime.pipe.schedule import PipeInstruction
 from torch import distributed
 
 from lp_plugin.errors import RuntimeEnvironmentError, UnsupportedModelError, WorkloadError
+from lp_plugin.integrations.deepspeed.engine import stage_group
 from lp_plugin.integrations.deepspeed.forward import schedule
-from lp_plugin.integrations.deepspeed.forward.capture import ALONE_SECONDS, LonePasses, captured
+from lp_plugin.integrations.deepspeed.forward.capture import LonePasses, captured
 from lp_plugin.integrations.deepspeed.forward.hops import NUM_BUFFERS, Hops
 from lp_plugin.integrations.deepspeed.forward.stage_work import StageWork
 from lp_plugin.integrations.deepspeed.generation.ring import Ring, find_widths
@@ -93,8 +94,6 @@ class ForwardPipeline:
         self._outgoing: torch.Tensor | None = None
         """What the pass just run hands on."""
         self._lone: LonePasses | None = None
-        shared = engine.grid.get_slice_parallel_world_size() > 1
-        self._stage_group = engine.grid.get_slice_parallel_group() if shared else None
         engine.module.eval()
         ring = Ring(engine.grid)
         with torch.no_grad():
@@ -152,7 +151,7 @@ class ForwardPipeline:
                 self._lone = self._lone_passes(replayed=self.execution != "eager")
                 if self._device.type == "cuda":
                     self._lone.seconds(_WARM_UP_SECONDS)
-            return self._lone.seconds(ALONE_SECONDS[self._device.type])
+            return self._lone.seconds()
 
     def release(self) -> None:
         """Waits for the device and gives back the memory of graphs, inputs and results; nothing runs afterwards.
@@ -290,7 +289,7 @@ class ForwardPipeline:
             self._device,
             pool=self._pool(),
             replayed=replayed,
-            group=self._stage_group,
+            group=stage_group(self._engine.grid),
         )
 
 

@@ -12,7 +12,6 @@ from lp_plugin.errors import WorkloadError
 from lp_plugin.integrations.deepspeed.forward.hops import NUM_BUFFERS
 from lp_plugin.integrations.deepspeed.forward.whole_rows import FixedRotations, whole_rows
 from lp_plugin.integrations.deepspeed.generation.lean import LeanPass
-from lp_plugin.integrations.deepspeed.joint_projections import JointProjections
 
 __all__ = ["StageWork"]
 
@@ -31,8 +30,8 @@ class StageWork:
         rows: Sequences of each.
         tokens: Of each sequence.
         width: Elements per token of the activation that comes in.
-        compiled: Whether ``torch.compile`` fuses the stage's kernels, but for `JointProjections`. Else, on GPUs, passes
-            take fewer kernels by `LeanPass`; on CPUs they are transformers' own.
+        compiled: Whether ``torch.compile`` fuses the stage's kernels. On GPUs passes take fewer kernels by `LeanPass`,
+            or by its context for compiled ones; on CPUs they are transformers' own.
 
     Attributes:
         inputs: Token ids [micro-batches, rows, tokens], or activations [2, rows, tokens, width] of the micro-batches
@@ -63,7 +62,8 @@ class StageWork:
         self._compiled = compiled
         self._fewer_kernels: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if device.type == "cuda":
-            self._fewer_kernels = JointProjections(self._stage.model).all if compiled else LeanPass(self._stage.model)
+            lean = LeanPass(self._stage.model)
+            self._fewer_kernels = lean.compiled if compiled else lean
         self._rotations = FixedRotations(self._stage.model)
         self._forward: Callable[[torch.Tensor], torch.Tensor] = self._stage
         if compiled:

@@ -12,8 +12,8 @@ from lp_plugin.bench.experiment.contender import Contender, Trial, timed
 from lp_plugin.bench.experiment.engines import Built
 from lp_plugin.bench.experiment.settings import Case, Configuration
 from lp_plugin.integrations.deepspeed import forward
-from lp_plugin.integrations.deepspeed.engine import ready_for_batch
-from lp_plugin.integrations.deepspeed.forward.capture import ALONE_SECONDS, LonePasses
+from lp_plugin.integrations.deepspeed.engine import ready_for_batch, stage_group
+from lp_plugin.integrations.deepspeed.forward.capture import LonePasses
 from lp_plugin.integrations.deepspeed.forward.whole_rows import whole_rows
 
 __all__ = ["Prefill", "StockPrefill"]
@@ -60,7 +60,7 @@ class Prefill(Contender):
 
     def alone_seconds(self) -> float:
         """See `Contender.alone_seconds`."""
-        return float(self._pipelines[0].alone_seconds())
+        return self._pipelines[0].alone_seconds()
 
     def release(self) -> None:
         """See `Contender.release`."""
@@ -107,10 +107,9 @@ class StockPrefill(Contender):
         with whole_rows():
             if self._lone is None:
                 stage, inputs = self._whole_stage(), self._stage_input()
-                shared = self.configuration.strategy.tensor_parallel > 1
-                group = self.engine.grid.get_slice_parallel_group() if shared else None
+                group = stage_group(self.engine.grid)
                 self._lone = LonePasses(lambda: stage(inputs), self.device, pool=None, replayed=False, group=group)
-            return self._lone.seconds(ALONE_SECONDS[self.device.type])
+            return self._lone.seconds()
 
     def release(self) -> None:
         """See `Contender.release`."""
