@@ -106,7 +106,7 @@ def _timed(model: str, asked: _Asked) -> LayerTimes:
             tensor_parallel=profile.tensor_parallel,
             execution="graphs" if cuda and decodes else "eager",
             granularity=profile.granularity,
-            first_tier_bytes=asked.first_tier_bytes,
+            first_tier_bytes=asked.cluster.devices[0].cache_bytes,
         )
 
 
@@ -120,12 +120,6 @@ class _Asked:
     """A device, or group, for each stage."""
     workload: Workload
     """With its micro-batch."""
-
-    @property
-    def first_tier_bytes(self) -> int:
-        """Of the device's first tier, if it is not its memory."""
-        tiers = self.cluster.devices[0].tiers
-        return tiers[0].usable_bytes if len(tiers) > 1 else 0
 
     @property
     def as_run(self) -> ModelProfile:
@@ -195,7 +189,7 @@ class _Asked:
         """Positions of the layers of each kind."""
         kinds: dict[object, list[int]] = {}
         for position, layer in enumerate(self.profile.layers):
-            kinds.setdefault(dataclasses.replace(layer, name=layer.kind, block=None), []).append(position)
+            kinds.setdefault(layer.anywhere, []).append(position)
         return list(kinds.values())
 
     def _moves(self, times: LayerTimes, stages: int) -> str:

@@ -98,6 +98,11 @@ class Device:
         return self.tiers[-1]
 
     @property
+    def cache_bytes(self) -> int:
+        """What the first tier can hold of a stage, if it is not the memory; else 0."""
+        return self.tiers[0].usable_bytes if len(self.tiers) > 1 else 0
+
+    @property
     def reserved_bytes(self) -> int:
         """Bytes of the memory that no stage can count on: CUDA context, NCCL buffers, fragmentation."""
         return self.memory.capacity_bytes - self.memory.usable_bytes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from lp_plugin.errors import ModelConfigError
@@ -82,6 +82,11 @@ class LayerCost:
     means no faster. Not used in training, nor without ``seconds``, which it never exceeds."""
     backward_seconds: float | None = None
     """Measured backward seconds; None means twice the forward ones."""
+
+    @property
+    def anywhere(self) -> LayerCost:
+        """Without what tells of its place: the same for all layers of a kind that cost the same."""
+        return replace(self, name=self.kind, block=None)
 
 
 _KINDS: Mapping[str, tuple[tuple[type, ...], str]] = {

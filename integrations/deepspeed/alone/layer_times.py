@@ -9,7 +9,6 @@ stage without layers is taken off. All the stages that are compared take turns, 
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import math
 from collections.abc import Mapping
@@ -123,7 +122,7 @@ class _Bench:
     ) -> None:
         self.config, self.profile, self.device, self.shape = config, profile, device, shape
         self.tier_bytes = tier_bytes
-        self.kinds = [dataclasses.replace(layer, name=layer.kind, block=None) for layer in profile.layers]
+        self.kinds = [layer.anywhere for layer in profile.layers]
         self.fits = self._find_fitting()
         self.execution: Execution = execution if execution == "eager" or self._capturable() else "eager"
 

@@ -52,7 +52,7 @@ def pick_times(
     alike = [
         each
         for each in times
-        if (each.tensor_parallel, each.granularity, rows or each.rows) == (tensor_parallel, granularity, each.rows)
+        if (each.tensor_parallel, each.granularity) == (tensor_parallel, granularity) and rows in (None, each.rows)
     ]
     wanted = {"auto": {"eager", "graphs"}, "stock": {"eager"}}.get(execution, {execution})
     fitting = [each for each in alike if each.execution in wanted] or alike

@@ -217,10 +217,10 @@ def error_summary(cases: Iterable[CaseResult]) -> tuple[ErrorSummary, ...]:
     """Of each source: median and worst error over all configurations that were predicted and ran."""
     errors: dict[str, list[tuple[float, str]]] = {}
     for case in cases:
-        for row in case.rows:
+        for row in rows_that_ran(case):
             for prediction in row.predictions:
                 error = prediction_error(row, prediction)
-                if error is not None and not row.reason and not is_control(case, row):
+                if error is not None:
                     errors.setdefault(prediction.source, []).append((error, f"{case.name}: {row.name}"))
     summaries = []
     for source, found in errors.items():

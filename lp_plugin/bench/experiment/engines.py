@@ -12,7 +12,6 @@ from deepspeed import comm as dist
 
 from lp_plugin.bench.experiment.agreement import together
 from lp_plugin.bench.experiment.job import CaseJob
-from lp_plugin.bench.experiment.predict import memory
 from lp_plugin.bench.experiment.settings import Case, Configuration
 from lp_plugin.errors import InfeasibleError
 from lp_plugin.hardware import Cluster
@@ -76,17 +75,24 @@ class Engines:
         self._built: dict[tuple[Layout, tuple[int, ...]], Built] = {}
         self._peaks: dict[tuple[Layout, tuple[int, ...]], list[int]] = {}
 
-    def check_room(self, configuration: Configuration, boundaries: tuple[int, ...]) -> None:
+    def check_room(
+        self, configuration: Configuration, boundaries: tuple[int, ...], predicted: Sequence[tuple[int, int]]
+    ) -> None:
         """Refuses an engine for which there is no room, beside those that are built before.
 
         Every engine is counted with all that it is predicted to hold at its peak, since graphs and caches stay.
+
+        Args:
+            configuration: What it is for.
+            boundaries: Of its stages.
+            predicted: Of `memory`.
 
         Raises:
             InfeasibleError: Naming what is needed and what there is.
         """
         processes, usable = self._job.case.processes, self._cluster.devices[0].memory.usable_bytes
         key = (layout_of(configuration, processes), boundaries)
-        peaks = [peak for _, peak in memory(self._job.case, configuration, boundaries, self._cluster)]
+        peaks = [peak for _, peak in predicted]
         peaks *= processes // len(peaks)  # of one device's configuration every process has an engine
         reason = no_room(peaks, [self._peaks[each] for each in self._built if each != key], usable)
         if reason:

@@ -123,10 +123,11 @@ def build_entry(job: CaseJob, configuration: Configuration, engines: Engines, me
     try:
         _refuse(job, configuration)
         boundaries = _choose(job, entry, measured)
-        engines.check_room(configuration, boundaries)
+        predicted = memory(job.case, configuration, boundaries, measured.cluster)
+        engines.check_room(configuration, boundaries, predicted)
         built = engines.get(configuration, plan_of(job.case, configuration, boundaries, measured.cluster))
         entry.contender = _contender(job, configuration, built)
-        _run_once(entry, entry.contender, memory(job.case, configuration, boundaries, measured.cluster))
+        _run_once(entry, entry.contender, predicted)
         _predict(job, entry, measured)
     except (LpPluginError, LeftOutError) as error:
         entry.leave_out(in_a_line(error))

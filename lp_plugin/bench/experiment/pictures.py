@@ -13,6 +13,7 @@ from lp_plugin.bench.experiment.derived import (
     layer_rest_bytes,
     profile_of,
     row_figures,
+    rows_that_ran,
     same_memory,
 )
 from lp_plugin.bench.experiment.results import CaseResult, SimulatedRow
@@ -94,9 +95,8 @@ def prediction_picture(cases: Sequence[CaseResult], path: Path) -> bool:
     points = [
         (prediction.source, row.median_seconds, prediction.seconds)
         for case in cases
-        for row in case.rows
+        for row in rows_that_ran(case)
         for prediction in row.predictions
-        if row.seconds and not row.reason and not is_control(case, row)
     ]
     if not points:
         return False

@@ -29,6 +29,7 @@ from lp_plugin.strategy.layouts import Strategy, layouts
 
 __all__ = ["needed_times", "simulate_scale_out"]
 
+_ONE_DEVICE = Configuration(name="1", strategy=Strategy())
 _FREE = Link(name="free", bandwidth_bytes_per_second=1e30, latency_seconds=0.0)
 
 
@@ -57,7 +58,7 @@ def needed_times(experiment: Experiment, case: Case) -> list[WantedTimes]:
                     WantedTimes(
                         tensor_parallel=strategy.tensor_parallel,
                         granularity=granularity,
-                        rows=case.workload(Configuration(name="1", strategy=Strategy())).chosen_micro_batch,
+                        rows=case.workload(_ONE_DEVICE).chosen_micro_batch,
                         execution="auto",
                     )
                     for strategy, granularity in _simulated(case, scale, count)
@@ -203,8 +204,7 @@ class _Setting:
     def _moved(self, timed: LayerTimes) -> LayerTimes:
         """The layers' seconds on the simulated devices and micro-batches, scaled by the roofline where these differ."""
         profile = counted_profile(self.case, timed.tensor_parallel, timed.granularity)
-        one = Configuration(name="1", strategy=Strategy())
-        before = LayerTable(profile, dataclasses.replace(self.measured, micro_batch=timed.rows).workload(one))
+        before = LayerTable(profile, dataclasses.replace(self.measured, micro_batch=timed.rows).workload(_ONE_DEVICE))
         after = LayerTable(profile, self.case.workload(self.configuration))
 
         old, new = self._launched(self.measured_on, timed), self._launched(self.cluster.devices[0], timed)

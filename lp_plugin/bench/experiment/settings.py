@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import re
 import tomllib
@@ -265,10 +266,10 @@ def _case(file: _File, table: _CaseTable, path: Path) -> Case:
     except WorkloadError as error:
         raise WorkloadError(f"{path}: case {table.name}: {error}") from error
     _check_unique(path, f"case {table.name}: configuration", [each.name for each in configurations])
-    meant = [str((each.strategy, each.partition, each.execution)) for each in configurations]
-    for number, each in enumerate(configurations):
-        if meant[number] in meant[:number]:
-            twin = configurations[meant.index(meant[number])].name
+    meant: dict[Configuration, str] = {}
+    for each in configurations:
+        twin = meant.setdefault(dataclasses.replace(each, name=""), each.name)
+        if twin != each.name:
             raise WorkloadError(f"{path}: case {table.name}: {each.name!r} is the same as {twin!r}; leave one out.")
     if (table.phase == "decode") != (table.new_tokens > 1):
         bound = "at least 2 when decoding, and left out for prefill"

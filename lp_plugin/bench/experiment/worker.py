@@ -136,7 +136,7 @@ def _time(job: CaseJob, cluster: Cluster, wanted: WantedTimes, execution: Timed)
     """Layers alone, on rank 0; the others rest."""
     if dist.get_rank():
         return None
-    case, tiers = job.case, cluster.devices[0].tiers
+    case = job.case
     return time_model_layers(
         case.config,
         dtype=case.dtype,
@@ -147,7 +147,7 @@ def _time(job: CaseJob, cluster: Cluster, wanted: WantedTimes, execution: Timed)
         tensor_parallel=wanted.tensor_parallel,
         execution=execution,
         granularity=wanted.granularity,
-        first_tier_bytes=tiers[0].usable_bytes if len(tiers) > 1 else 0,
+        first_tier_bytes=cluster.devices[0].cache_bytes,
     )
 
 
