@@ -219,6 +219,16 @@ def test_of_many_events_neighbours_are_drawn_as_one_over_the_whole_run() -> None
     assert drawn[-1].stop == many[-1].stop
 
 
+def test_what_lies_far_apart_is_never_drawn_as_one() -> None:
+    turns = [
+        dataclasses.replace(event, kind="compute" if number % 2 else "communication")
+        for number, event in enumerate(kernels(MOST_EVENTS - 1, 100_000, 90_000))
+    ]
+    apart = [dataclasses.replace(turns[0], lane="stream 17", start=start, stop=start + 1) for start in (1, 10**8)]
+    drawn = merge_events(sorted([*turns, *apart], key=lambda event: event.start))
+    assert [event for event in drawn if event.lane == "stream 17"] == apart
+
+
 def test_what_alternates_is_not_merged_but_cut_off() -> None:
     turns = [
         dataclasses.replace(event, kind="compute" if number % 2 else "communication")

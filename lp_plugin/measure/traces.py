@@ -15,10 +15,10 @@ from lp_plugin.measure.intervals import difference, make_intervals, union
 
 __all__ = ["Event", "merge_events", "read_trace"]
 
-MOST_EVENTS = 4_000
+MOST_EVENTS = 10_000
 """Drawn of one rank."""
-_SHORTEST_NANOSECONDS, _LONGEST_NANOSECONDS = 1_000, 10**12
-"""Pieces of time whose events are drawn as one: the longest is longer than any trace."""
+_SHORTEST_NANOSECONDS, _PIECES = 1_000, 1_000
+"""Pieces of time whose events are drawn as one: so long at least, and never fewer than so many in a trace."""
 _DEVICE = frozenset({"kernel", "gpu_memcpy", "gpu_memset"})
 _NAME_LENGTH = 80
 
@@ -68,7 +68,7 @@ def merge_events(events: Iterable[Event]) -> list[Event]:
         events: In order of start.
     """
     drawn, piece = list(events), _SHORTEST_NANOSECONDS
-    while len(drawn) > MOST_EVENTS and piece < _LONGEST_NANOSECONDS:
+    while len(drawn) > MOST_EVENTS and piece * _PIECES <= drawn[-1].start - drawn[0].start:
         drawn, piece = _merged(drawn, piece), 2 * piece
     return drawn[:MOST_EVENTS]
 

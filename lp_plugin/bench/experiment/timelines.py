@@ -98,7 +98,7 @@ def spans_picture(case: CaseResult, row: Row, path: Path) -> bool:
             for span in split.spans
             if span.kind == kind
         ]
-        axes.broken_barh(bars, (place - 0.38, 0.76), facecolors=_KINDS[kind], edgecolors="none")
+        axes.broken_barh(bars, (place - 0.38, 0.76), facecolors=_KINDS[kind], edgecolors="none", snap=False)
     axes.set_yticks(range(len(lanes)), [f"rank {split.rank}: {kind}" for split, kind in lanes], fontsize=8)
     axes.set_ylim(len(lanes) - 0.4, -0.6)
     axes.set_xlim(0, end * scale)
