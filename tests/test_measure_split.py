@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import STEADY
 
-from lp_plugin.measure.intervals import Intervals, difference, intersection, make_intervals, measure, union
+from lp_plugin.measure.intervals import Intervals, difference, intersection, make_intervals, measure, shares, union
 from lp_plugin.measure.messages import Message, operation_of, transfers
 from lp_plugin.measure.traces import MOST_EVENTS, Event, merge_events, read_trace
 from lp_plugin.measured import TimeSplit
@@ -67,6 +67,14 @@ def hops(draw: st.DrawFn) -> tuple[int, list[tuple[int, int, int, int]]]:
             moment = max(starts) + draw(st.integers(1, 5))
             made.append((sender, *starts, moment))
     return stages, made
+
+
+@STEADY
+@given(SETS, st.integers(1, 7), st.integers(1, 9))
+def test_shares_of_columns(intervals: Intervals, columns: int, width: int) -> None:
+    moments = grid(intervals)
+    expected = [len(moments & set(range(place * width, (place + 1) * width))) / width for place in range(columns)]
+    assert shares(intervals, columns * width, columns).tolist() == pytest.approx(expected)
 
 
 @STEADY

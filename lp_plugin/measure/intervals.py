@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Intervals", "Moments", "difference", "intersection", "make_intervals", "measure", "union"]
+__all__ = ["Intervals", "Moments", "difference", "intersection", "make_intervals", "measure", "shares", "union"]
 
 Moments = npt.NDArray[np.int64]
 """Points in time, nanoseconds."""
@@ -47,6 +47,14 @@ def measure(intervals: Intervals) -> int:
     """Nanoseconds that at least one interval covers."""
     covered = union(intervals)
     return int((covered[:, 1] - covered[:, 0]).sum())
+
+
+def shares(intervals: Intervals, stop: int, columns: int) -> npt.NDArray[np.float64]:
+    """Of equal columns from 0 to ``stop`` nanoseconds, the share of each that at least one interval covers."""
+    covered = union(intervals)
+    steps = np.stack([np.zeros(len(covered)), covered[:, 1] - covered[:, 0]], axis=1)  # nothing till a start, then all
+    until = np.interp(np.linspace(0, stop, columns + 1), np.r_[0, covered.ravel()], np.r_[0, np.cumsum(steps)])
+    return np.diff(until) / (stop / columns)
 
 
 def _combined(

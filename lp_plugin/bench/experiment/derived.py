@@ -37,6 +37,7 @@ __all__ = [
     "row_figures",
     "rows_that_ran",
     "same_memory",
+    "several_rows",
     "stage_errors",
 ]
 
@@ -270,6 +271,11 @@ def same_memory(layers: Sequence[LayerTimes]) -> list[list[LayerTimes]]:
         which = (times.tensor_parallel, times.granularity, times.rows, times.weight_bytes, times.peak_bytes)
         found.setdefault(which, []).append(times)
     return list(found.values())
+
+
+def several_rows(case: CaseResult) -> bool:
+    """Whether layers were timed with micro-batches of different sizes."""
+    return len({times.rows for times in case.layers}) > 1
 
 
 def profile_of(case: CaseResult, times: LayerTimes) -> ModelProfile | None:

@@ -12,6 +12,7 @@ from lp_plugin.bench.experiment.derived import (
     link_share,
     profile_of,
     same_memory,
+    several_rows,
 )
 from lp_plugin.bench.experiment.document import Figures
 from lp_plugin.bench.experiment.results import CaseResult
@@ -146,12 +147,12 @@ def footprint_table(case: CaseResult) -> Figures | None:
     rows = tuple(row for ways in same_memory(case.layers) for row in _footprint_rows(case, ways))
     if not rows:
         return None
-    headings = ("layer", "TP", "timed as", "weights", "measured", "error", "output and buffers", "measured", "error")
+    headings = ("layer", "TP", "rows", "timed as", "weights", "measured", "error", "output and buffers", "measured")
     return Figures(
         title="Footprint per layer",
-        headings=(*headings, "total", "time", "in the first tier"),
+        headings=(*headings, "error", "total", "time", "in the first tier"),
         rows=rows,
-        texts=frozenset({0, 2}),
+        texts=frozenset({0, 3}),
         notes=(
             "Of one rank, one micro-batch. Predicted from the configuration alone, "
             "then measured, then the error of the prediction. Output and buffers: the most that is alive beside "
@@ -173,6 +174,7 @@ def _footprint_rows(case: CaseResult, ways: Sequence[LayerTimes]) -> Iterable[tu
         yield (
             layer.name if first == last else f"{layer.name} .. {profile.layers[last].name}, each of {len(places)}",
             str(times.tensor_parallel),
+            f"{times.rows:,}" if several_rows(case) else "",
             ", ".join(each.execution for each in ways),
             bytes_text(layer.weight_bytes),
             bytes_text(weights),

@@ -15,6 +15,7 @@ from lp_plugin.bench.experiment.derived import (
     row_figures,
     rows_that_ran,
     same_memory,
+    several_rows,
 )
 from lp_plugin.bench.experiment.results import CaseResult, SimulatedRow
 from lp_plugin.bench.experiment.scaling import rates_by_family, simulated_cases, starting_point
@@ -181,6 +182,8 @@ def _layer_bars(case: CaseResult) -> Iterator[_Bar]:
             continue
         layer, peak = profile.layers[place], times.peak_bytes[place]
         name = layer.name if times.tensor_parallel == 1 else f"{layer.name} of TP={times.tensor_parallel}"
+        if several_rows(case):
+            name = f"{name}, {times.rows:,} rows"
         yield _Bar(name, layer.weight_bytes, layer_rest_bytes(case, times, layer), is_predicted=True)
         yield _Bar(name, times.weight_bytes[place], peak or 0, is_predicted=False)
 

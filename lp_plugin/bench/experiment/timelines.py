@@ -7,8 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from lp_plugin.bench.experiment.pictures import new_axes
 from lp_plugin.bench.experiment.results import CaseResult, Row
+from lp_plugin.measure.intervals import make_intervals, shares
 from lp_plugin.measured import TimeSplit
 from lp_plugin.picture import save_figure
 
@@ -23,6 +27,8 @@ _PARTS = {
     "idle": "#dddddd",
 }
 _KINDS = {"compute": "#4477aa", "communication": "#cc3311"}
+_COLUMNS = 1000
+"""Of a timeline; what is shorter is drawn as the share of its column."""
 
 
 def split_picture(case: CaseResult, path: Path) -> bool:
@@ -93,21 +99,24 @@ def spans_picture(case: CaseResult, row: Row, path: Path) -> bool:
     end = max(span.stop_seconds for split in row.split for span in split.spans)
     scale, unit = (1.0, "s") if end >= 10 else (1e3, "ms") if end >= 1e-2 else (1e6, "us")
     for place, (split, kind) in enumerate(lanes):
-        bars = [
-            (span.start_seconds * scale, (span.stop_seconds - span.start_seconds) * scale)
-            for span in split.spans
-            if span.kind == kind
-        ]
-        axes.broken_barh(bars, (place - 0.38, 0.76), facecolors=_KINDS[kind], edgecolors="none", snap=False)
+        spans = [(span.start_seconds * 1e9, span.stop_seconds * 1e9) for span in split.spans if span.kind == kind]
+        busy = shares(make_intervals(spans), round(end * 1e9), _COLUMNS)[None, :, None]
+        extent = (0.0, end * scale, place + 0.38, place - 0.38)
+        axes.imshow(1 - busy * (1 - _rgb(_KINDS[kind])), extent=extent, aspect="auto", interpolation="nearest")
     axes.set_yticks(range(len(lanes)), [f"rank {split.rank}: {kind}" for split, kind in lanes], fontsize=8)
     axes.set_ylim(len(lanes) - 0.4, -0.6)
     axes.set_xlim(0, end * scale)
-    axes.set_xlabel(unit)
+    axes.set_xlabel(f"{unit}; the shade is the share of the time")
     axes.spines[["top", "right"]].set_visible(False)
     is_cut = end < 0.95 * max(split.wall_seconds for split in row.split)
     figure.suptitle(f"{case.name}, {row.name}: {'start of the' if is_cut else 'one'} profiled trial", fontsize=11)
     save_figure(figure, path)
     return True
+
+
+def _rgb(colour: str) -> npt.NDArray[np.float64]:
+    """Red, green and blue, 0 to 1, of such as ``#4477aa``."""
+    return np.frombuffer(bytes.fromhex(colour[1:]), dtype=np.uint8) / 255
 
 
 def trace_of(row: Row) -> str:
