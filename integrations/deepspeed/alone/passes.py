@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from transformers import GenerationConfig, LogitsProcessorList
 
-from lp_plugin.integrations.deepspeed.forward.capture import captured
+from lp_plugin.integrations.deepspeed.forward.capture import LonePasses, captured
 from lp_plugin.integrations.deepspeed.forward.stage_work import StageWork
 from lp_plugin.integrations.deepspeed.generation.choosing import Chooser
 from lp_plugin.integrations.deepspeed.generation.lean import LeanPass
@@ -23,7 +23,7 @@ from lp_plugin.integrations.transformers.decoder import DecoderStage
 from lp_plugin.measure.layers import synchronize
 from lp_plugin.measure.turns import Runner
 
-__all__ = ["Execution", "Passes", "Shape", "make_passes"]
+__all__ = ["Execution", "LoneStage", "Passes", "Shape", "make_passes"]
 
 Execution = Literal["eager", "graphs", "compiled"]
 """Launched one by one, or replayed as CUDA graphs, of compiled stages."""
@@ -97,6 +97,29 @@ def make_passes(stages: Sequence[DecoderStage], shape: Shape, execution: Executi
         device: Where they lie.
     """
     return (_Steps if shape.cache_length else _Sequences)(stages, shape, execution, device)
+
+
+class LoneStage:
+    """A stage over whole sequences, to be timed again and again as `ForwardPipeline.alone_seconds` does, without one.
+
+    Args:
+        stage: Materialised; all-reduces of tensor parallelism are not in its passes.
+        shape: Of a micro-batch.
+        execution: How its passes are launched.
+        device: Where it lies.
+    """
+
+    def __init__(self, stage: DecoderStage, shape: Shape, execution: Execution, device: torch.device) -> None:
+        self._work = _work(stage, shape, device, compiled=execution == "compiled")
+        with self._work.passing():
+            self._lone = LonePasses(
+                lambda: self._work.run(0, labelled=True), device, pool=None, replayed=execution != "eager"
+            )
+
+    def seconds(self) -> float:
+        """Seconds of a pass, the mean over 0.3 s (CPU 0.1 s) of passes."""
+        with self._work.passing():
+            return self._lone.seconds()
 
 
 class _Sequences(Passes):

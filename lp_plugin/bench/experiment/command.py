@@ -104,8 +104,13 @@ def _run(console: Console, experiment: Experiment, case: Case, tables: frozenset
             times=tuple(needed_times(asked, case)),
             calibration=None if experiment.calibration is None else str(experiment.calibration.resolve()),
             start=start,
+            gpus=torch.cuda.device_count(),
         )
         say(f"case {case.name}: {case.processes} processes, {len(case.configurations)} configurations")
+        if job.ranks < case.processes:
+            say(
+                f"{job.gpus} of {case.processes} GPUs are here: what needs more than one is predicted, its stages timed"
+            )
         found = run_case(job, _run_rank, say)
     return _with_counters(case, found, say) if "memory-access" in tables else found
 
@@ -147,9 +152,6 @@ def _with_counters(case: Case, found: CaseResult, say: Callable[[str], None]) ->
 
 def _unable(case: Case) -> str:
     """Why a case can't run here; empty if it can."""
-    gpus = torch.cuda.device_count()
-    if gpus and case.processes > gpus:
-        return f"needs {case.processes} GPUs; this host shows {gpus}"
-    if not gpus and case.dtype == "float16":
+    if not torch.cuda.is_available() and case.dtype == "float16":
         return "float16 needs a GPU: CPUs compute it too slowly to use"
     return ""

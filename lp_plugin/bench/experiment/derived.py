@@ -76,10 +76,12 @@ class BubbleLimit:
     """Tokens per second: the bound times the slowest stage's rate."""
     rate_of_stages: float
     """Tokens per second of the schedule with each stage's own seconds; equal to the above for equal stages."""
-    share_of_bound: float
-    """Measured rate over ``rate_at_bound``; above 1 is possible only if stages are unequal."""
-    share_of_stages: float
-    """Measured rate over ``rate_of_stages``."""
+    share_of_bound: float | None
+    """Measured rate over ``rate_at_bound``; above 1 is possible only if stages are unequal. None if it did not run."""
+    share_of_stages: float | None
+    """Measured rate over ``rate_of_stages``; None if it did not run."""
+    most_over_baseline: float | None
+    """``rate_of_stages`` over the baseline's measured rate; None for the baseline, and if that did not run."""
     ratio_without_bubble: Ratio | None
     """Rate over the baseline's if neither had a bubble: the ratio over the quotient of the bounds."""
 
@@ -161,8 +163,8 @@ def row_figures(case: CaseResult, row: Row) -> RowFigures:
 
 
 def bubble_limit(case: CaseResult, row: Row) -> BubbleLimit | None:
-    """How close a prefill came to its stages' own speed; None if either was not measured."""
-    if not row.seconds or not row.alone_seconds or not max(row.alone_seconds):
+    """How fast a prefill can be by its stages' own speed, and how close it came; None unless stages were timed."""
+    if not row.alone_seconds or not max(row.alone_seconds):
         return None
     count, baseline = num_micro_batches(case, row), baseline_row(case)
     bound, slowest = bubble_bound(row.pipeline_parallel, count), max(row.alone_seconds)
@@ -177,8 +179,9 @@ def bubble_limit(case: CaseResult, row: Row) -> BubbleLimit | None:
         slowest_seconds=slowest,
         rate_at_bound=case.tokens / bound_seconds,
         rate_of_stages=case.tokens / stages_seconds,
-        share_of_bound=bound_seconds / row.median_seconds,
-        share_of_stages=stages_seconds / row.median_seconds,
+        share_of_bound=bound_seconds / row.median_seconds if row.seconds else None,
+        share_of_stages=stages_seconds / row.median_seconds if row.seconds else None,
+        most_over_baseline=None if baseline is None or baseline is row else baseline.median_seconds / stages_seconds,
         ratio_without_bubble=ratio,
     )
 

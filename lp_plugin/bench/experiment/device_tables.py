@@ -220,7 +220,8 @@ def memory_table(case: CaseResult) -> Figures | None:
     )
     if not rows:
         return None
-    why = "" if any(each.peak for row in case.rows for each in row.memory) else f" {NOT_MEASURED.capitalize()} on CPUs."
+    on_cpus = case.environment is not None and case.environment.backend == "gloo"
+    why = f" {NOT_MEASURED.capitalize()} on CPUs." if on_cpus else ""
     headings = ("configuration", "rank", "weights predicted", "loaded", "error", "peak predicted", "peak", "error")
     return Figures(
         title="Memory per rank",

@@ -90,7 +90,7 @@ class Engines:
         Raises:
             InfeasibleError: Naming what is needed and what there is.
         """
-        processes, usable = self._job.case.processes, self._cluster.devices[0].memory.usable_bytes
+        processes, usable = self._job.ranks, self._cluster.devices[0].memory.usable_bytes
         key = (layout_of(configuration, processes), boundaries)
         peaks = [peak for _, peak in predicted]
         peaks *= processes // len(peaks)  # of one device's configuration every process has an engine
@@ -105,7 +105,7 @@ class Engines:
         Raises:
             LeftOutError: If any rank can't build its part, as when weights don't fit beside those of other engines.
         """
-        key = (layout_of(configuration, self._job.case.processes), plan.boundaries)
+        key = (layout_of(configuration, self._job.ranks), plan.boundaries)
         if key not in self._built:
             self._built[key] = self._build(configuration.name, key[0], plan)
         return dataclasses.replace(self._built[key], plan=plan)

@@ -14,14 +14,14 @@ import torch
 from lp_plugin.bench.experiment.agreement import together
 from lp_plugin.bench.experiment.choose import boundaries_of
 from lp_plugin.bench.experiment.contender import Contender, Outputs, Trial
-from lp_plugin.bench.experiment.costs import links_of
+from lp_plugin.bench.experiment.costs import links_of, pick_times
 from lp_plugin.bench.experiment.decode import Decode
 from lp_plugin.bench.experiment.engines import Built, Engines, plan_of
 from lp_plugin.bench.experiment.job import CaseJob, LeftOutError, in_a_line
 from lp_plugin.bench.experiment.predict import flops_and_traffic, memory, predictions
 from lp_plugin.bench.experiment.prefill import Prefill, StockPrefill
 from lp_plugin.bench.experiment.results import Row
-from lp_plugin.bench.experiment.settings import Configuration
+from lp_plugin.bench.experiment.settings import Configuration, Execution
 from lp_plugin.errors import LpPluginError, WorkloadError
 from lp_plugin.hardware import Cluster
 from lp_plugin.job.ranks import gather
@@ -109,6 +109,8 @@ class Entry:
 def build_entry(job: CaseJob, configuration: Configuration, engines: Engines, measured: Measured) -> Entry:
     """A configuration, built and run once, or the reason why not; collective over all ranks.
 
+    Of one that has too few GPUs here all is known that takes no run: its cut, and what is predicted of it.
+
     Args:
         job: The case.
         configuration: Which.
@@ -124,6 +126,12 @@ def build_entry(job: CaseJob, configuration: Configuration, engines: Engines, me
         _refuse(job, configuration)
         boundaries = _choose(job, entry, measured)
         predicted = memory(job.case, configuration, boundaries, measured.cluster)
+        if shortage := job.shortage(configuration):
+            entry.fields["memory"] = _memory(predicted)
+            entry.fields["execution"] = _expected_execution(job, configuration, measured)
+            _predict(job, entry, measured)
+            entry.leave_out(shortage)
+            return entry
         engines.check_room(configuration, boundaries, predicted)
         built = engines.get(configuration, plan_of(job.case, configuration, boundaries, measured.cluster))
         entry.contender = _contender(job, configuration, built)
@@ -136,7 +144,7 @@ def build_entry(job: CaseJob, configuration: Configuration, engines: Engines, me
 
 def _refuse(job: CaseJob, configuration: Configuration) -> None:
     """What can't be done at all."""
-    if configuration.execution == "stock" and configuration.strategy.num_devices < job.case.processes:
+    if configuration.execution == "stock" and configuration.strategy.num_devices < job.ranks:
         raise WorkloadError(
             "DeepSpeed's eval_batch waits for all processes; put one device's stock into a case of one process"
         )
@@ -187,17 +195,30 @@ def _run_once(entry: Entry, contender: Contender, predicted: Sequence[tuple[int,
     loaded = contender.built.loaded_bytes
     peak = None if loaded is None else torch.cuda.max_memory_allocated() - before + loaded
     found = gather((loaded, peak))
-    entry.fields["memory"] = tuple(
-        Memory(
-            rank=rank,
-            predicted_weights=weights,
-            loaded=found[rank][0],
-            predicted_peak=most,
-            peak=found[rank][1],
-        )
-        for rank, (weights, most) in zip(contender.ranks, predicted, strict=True)
-    )
+    entry.fields["memory"] = _memory(predicted, [found[rank] for rank in contender.ranks])
     entry.fields["execution"] = gather(contender.execution)[0]
+
+
+def _memory(
+    predicted: Sequence[tuple[int, int]], found: Sequence[tuple[int | None, int | None]] | None = None
+) -> tuple[Memory, ...]:
+    """Of each rank weights and peak as predicted, and as found."""
+    pairs = zip(predicted, found or [(None, None)] * len(predicted), strict=True)
+    return tuple(
+        Memory(rank=rank, predicted_weights=weights, loaded=loaded, predicted_peak=most, peak=peak)
+        for rank, ((weights, most), (loaded, peak)) in enumerate(pairs)
+    )
+
+
+def _expected_execution(job: CaseJob, configuration: Configuration, measured: Measured) -> Execution:
+    """How a configuration that is not run would run."""
+    if configuration.execution != "auto":
+        return configuration.execution
+    if job.case.phase == "decode":
+        return "graphs" if torch.cuda.is_available() else "eager"
+    rows = job.case.workload(configuration).chosen_micro_batch
+    chosen = pick_times(measured.times, configuration.strategy.tensor_parallel, "auto", rows=rows)
+    return "eager" if chosen is None else chosen.execution
 
 
 def _predict(job: CaseJob, entry: Entry, measured: Measured) -> None:

@@ -45,7 +45,8 @@ def counted(case: Case, entries: Sequence[Entry]) -> list[Entry]:
 def count_sent(job: CaseJob, entries: Sequence[Entry], cluster: Cluster, steps: Steps) -> None:
     """What each stage's first rank sends over NVLink in one batch, and what is predicted; collective over all ranks.
 
-    Other counters are read later, in processes of their own. What is predicted of them is that of `predictions`.
+    Other counters are read later, in processes of their own. What is predicted of them is that of `predictions`. Stages
+    of a configuration that has too few GPUs here send nothing, but their other counters can be read.
 
     Args:
         job: The case.
@@ -53,10 +54,11 @@ def count_sent(job: CaseJob, entries: Sequence[Entry], cluster: Cluster, steps: 
         cluster: A device per process.
         steps: To say what is done.
     """
-    for entry, contender in running(entries):
+    for entry in entries:
+        shortage = job.shortage(entry.configuration)
+        if "boundaries" not in entry.fields or not (entry.contender or shortage):
+            continue
         steps.begin(f"counting what {entry.name} sends", entry.name)
-        run = contender.batch if contender.takes_part else _nothing
-        found = gather(count_nvlink(run, contender.device))
         configuration, boundaries = entry.configuration, entry.fields["boundaries"]
         sent = link_bytes(job.case, configuration, boundaries)
         plan = evaluate(
@@ -65,18 +67,26 @@ def count_sent(job: CaseJob, entries: Sequence[Entry], cluster: Cluster, steps: 
             job.case.workload(configuration),
             boundaries,
         )
-        firsts = [group[0] for group in _alike(contender, "pipe")]
+        found = _sent(entry.contender) if entry.contender else [(None, shortage)] * len(plan.stages)
         entry.fields["counters"] = tuple(
             Counters(
                 stage=stage,
                 counted_bytes=planned.traffic_bytes,
                 predicted_hit_fraction=planned.hit_fraction,
-                nvlink_bytes=found[rank][0],
-                nvlink_reason=found[rank][1],
-                counted_link_bytes=num_bytes,
+                nvlink_bytes=num_bytes,
+                nvlink_reason=reason,
+                counted_link_bytes=predicted,
             )
-            for stage, (rank, planned, num_bytes) in enumerate(zip(firsts, plan.stages, sent, strict=True))
+            for stage, (planned, predicted, (num_bytes, reason)) in enumerate(
+                zip(plan.stages, sent, found, strict=True)
+            )
         )
+
+
+def _sent(contender: Contender) -> list[tuple[float | None, str]]:
+    """Bytes over NVLink of each stage's first rank, or why they can't be counted."""
+    found = gather(count_nvlink(contender.batch if contender.takes_part else _nothing, contender.device))
+    return [found[group[0]] for group in _alike(contender, "pipe")]
 
 
 def _nothing() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lp_plugin.bench.experiment.results import CaseResult, Results, load_results, save_results
-from lp_plugin.bench.experiment.settings import Case, WantedTimes
+from lp_plugin.bench.experiment.settings import Case, Configuration, WantedTimes
 from lp_plugin.errors import LpPluginError, RankFailedError
 from lp_plugin.files import write_atomically
 from lp_plugin.job import launch
@@ -76,8 +76,20 @@ class CaseJob:
     """Cluster file for predictions."""
     excluded: Mapping[str, str] = field(default_factory=dict)
     """Name of a configuration -> why it is not tried (again)."""
+    gpus: int = 0
+    """That this host shows; 0 if processes share its CPUs, which any number of them can."""
     start: float = 0.0
     """``time.time()`` when the experiment began."""
+
+    @property
+    def ranks(self) -> int:
+        """Processes that run: as many as the case asks for, or a single one if there are too few GPUs."""
+        return 1 if 0 < self.gpus < self.case.processes else self.case.processes
+
+    def shortage(self, configuration: Configuration) -> str:
+        """Why a configuration can't be run by so many processes; empty if it can."""
+        needed = configuration.strategy.num_devices
+        return f"needs {needed} GPUs; this host shows {self.gpus}" if needed > self.ranks else ""
 
     @property
     def has_rows(self) -> bool:
@@ -185,7 +197,7 @@ def run_case(job: CaseJob, entry: Callable[[CaseJob], CaseResult | None], say: C
 def _in_processes(job: CaseJob, entry: Callable[[CaseJob], CaseResult | None]) -> CaseResult:
     before = dict(os.environ)  # the launcher settles threads for this number of processes
     try:
-        result: CaseResult = launch.launch_local(job.case.processes, entry, job)
+        result: CaseResult = launch.launch_local(job.ranks, entry, job)
     finally:
         os.environ.clear()
         os.environ.update(before)

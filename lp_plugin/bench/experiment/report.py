@@ -180,6 +180,11 @@ def _finding(case: CaseResult) -> str:
         limit = bubble_limit(case, proposed)
         if limit is not None:
             parts.append(f"{share_text(limit.share_of_bound)} of its bubble bound")
+    parts += [
+        f"{row.name} would make {limit.most_over_baseline:.3f} times as many at most, by its stages alone"
+        for row in case.rows
+        if not row.seconds and (limit := bubble_limit(case, row)) is not None and limit.most_over_baseline is not None
+    ]
     failed = [row.name for row in case.rows if row.reason]
     if failed:
         parts.append(f"left out: {', '.join(failed)}")

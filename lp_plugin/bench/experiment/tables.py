@@ -46,6 +46,9 @@ def case_line(case: CaseResult) -> str:
         work = f"{case.batch:,} x {case.sequence:,} tokens of prompts, {case.new_tokens:,} new tokens each, "
         work += f"{case.micro_batch:,} rows at a time" if case.micro_batch else "a slot for each stage"
     where = f"{case.processes} {'process' if case.processes == 1 else 'processes'}"
+    if case.environment is not None and case.environment.backend == "nccl":
+        ran = len(case.environment.devices)
+        where = where if ran == case.processes else f"{ran} of {case.processes} processes"
     if case.environment is not None:
         devices = ", ".join(dict.fromkeys(case.environment.devices))
         where += f" over {case.environment.backend} on {devices}" if devices else ""
@@ -118,12 +121,13 @@ def bubble_table(case: CaseResult) -> Figures | None:
     headings = ("configuration", "m", "p", "m/(m+p-1)", "slowest stage alone", "bound, tokens/s", "reached")
     return Figures(
         title="Against the bubble bound",
-        headings=(*headings, "limit of its stages, tokens/s", "reached", "ratio without bubble"),
+        headings=(*headings, "limit of its stages, tokens/s", "reached", "limit over baseline", "ratio without bubble"),
         rows=rows,
         notes=(
             "m micro-batches of a replica, p stages. Bound: m/(m+p-1) times the rate of the slowest stage timed "
             "alone, as for equal stages. Limit of its stages: the drained schedule with every stage's own time, "
-            "transfers free. Without bubble: the ratio if both sides' pipelines were always full.",
+            "transfers free; over the rate of the baseline as measured. Without bubble: the ratio if both sides' "
+            "pipelines were always full.",
         ),
     ).without_empty()
 
@@ -139,6 +143,7 @@ def _bubble_row(row: Row, limit: BubbleLimit) -> tuple[str, ...]:
         share_text(limit.share_of_bound),
         tokens_text(limit.rate_of_stages),
         share_text(limit.share_of_stages),
+        "" if limit.most_over_baseline is None else f"{limit.most_over_baseline:.3f}",
         "" if limit.ratio_without_bubble is None else ratio_text(limit.ratio_without_bubble),
     )
 

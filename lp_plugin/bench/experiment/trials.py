@@ -82,7 +82,7 @@ def turn_order(count: int, turns: int) -> list[int]:
     """
     there = list(range(count))
     order = []
-    for turn in range(turns):
+    for turn in range(turns if there else 0):
         rotated = there[turn % count :] + there[: turn % count]
         order += rotated[::-1] if turn % 2 else rotated
     return order

@@ -20,9 +20,10 @@ from lp_plugin.bench.experiment.entries import Entry, Measured, again, build_ent
 from lp_plugin.bench.experiment.environment import describe_environment
 from lp_plugin.bench.experiment.insight import count_sent, counted, profile_entries
 from lp_plugin.bench.experiment.job import CaseJob, LeftOutError, case_fields, keep_measured, note_reason
+from lp_plugin.bench.experiment.one_by_one import time_stages
 from lp_plugin.bench.experiment.progress import Steps
 from lp_plugin.bench.experiment.results import CaseResult
-from lp_plugin.bench.experiment.settings import Case, Execution, WantedTimes
+from lp_plugin.bench.experiment.settings import Execution, WantedTimes
 from lp_plugin.bench.experiment.trials import differs, passes_per_turn, take_turn, time_alone, turn_order, warm_up
 from lp_plugin.errors import HardwareError
 from lp_plugin.hardware import Cluster
@@ -76,6 +77,7 @@ def _run(job: CaseJob) -> CaseResult | None:
             whole_round = len({len(entry.trials) for entry, _ in running(entries)}) == 1
             if is_first and whole_round:
                 keep_measured(job, found())
+        time_stages(job, entries, _device(), steps)
     if "time-split" in job.tables:
         profile_entries(entries, steps)
     if "memory-access" in job.tables and job.case.counters:
@@ -88,8 +90,8 @@ def _run(job: CaseJob) -> CaseResult | None:
 
 def _measure(job: CaseJob, steps: Steps) -> Measured:
     cluster, is_known = _cluster(job)
-    links = time_links(_device()) if job.case.processes > 1 else Links()
-    group_links = tuple(_group_links(ranks) for ranks in _group_sizes(job.case))
+    links = time_links(_device()) if job.ranks > 1 else Links()
+    group_links = tuple(_group_links(ranks) for ranks in _group_sizes(job))
     times: list[LayerTimes] = []
     for wanted, execution in _to_time(job):
         what = f"timing {wanted.granularity}s alone, TP={wanted.tensor_parallel}, {wanted.rows} rows, {execution}"
@@ -115,10 +117,10 @@ def _measure(job: CaseJob, steps: Steps) -> Measured:
     )
 
 
-def _group_sizes(case: Case) -> list[int]:
+def _group_sizes(job: CaseJob) -> list[int]:
     """Ranks that share a layer, where these are some of all."""
-    sizes = {configuration.strategy.tensor_parallel for configuration in case.configurations}
-    return sorted(size for size in sizes if 1 < size < case.processes)
+    sizes = {configuration.strategy.tensor_parallel for configuration in job.case.configurations}
+    return sorted(size for size in sizes if 1 < size < job.ranks)
 
 
 def _group_links(ranks: int) -> Links:
