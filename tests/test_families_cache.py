@@ -10,6 +10,7 @@ from shrunk import DECODERS, SMALL, TRANSLATORS, VARIANTS, build, small_config, 
 from transformers import AutoModelForCausalLM, DynamicCache, EncoderDecoderCache
 
 from lp_plugin import LayerCost, ModelProfile
+from lp_plugin.integrations.transformers.decoder import CACHE_ARGUMENT
 
 SEQUENCES = 2
 DECODING = [config for config in SMALL if config["model_type"] in DECODERS]
@@ -40,7 +41,7 @@ def test_cache_of_a_decoder(config: dict[str, Any]) -> None:
     for tokens in (5, 13):  # windows are 2 to 9
         cache = DynamicCache(config=model.config)
         with torch.inference_mode():
-            model(torch.full((SEQUENCES, tokens), 3), past_key_values=cache, use_cache=True)
+            model(torch.full((SEQUENCES, tokens), 3), use_cache=True, **{CACHE_ARGUMENT: cache})
         assert [kept_bytes(layer, tokens) for layer in blocks] == cached_bytes(cache)
     others = [layer for layer in profile.layers if layer.kind != "block"]
     assert {(layer.kv_bytes_per_token, layer.kv_window) for layer in others} == {(0, None)}
@@ -90,7 +91,7 @@ def test_a_window_of_one_token_is_not_cut() -> None:
     model, tokens = build({**config, "use_cache": True}, "cpu"), 4
     cache = DynamicCache(config=model.config)
     with torch.inference_mode():
-        model(torch.full((SEQUENCES, tokens), 3), past_key_values=cache, use_cache=True)
+        model(torch.full((SEQUENCES, tokens), 3), use_cache=True, **{CACHE_ARGUMENT: cache})
     blocks = [layer for layer in ModelProfile.from_config(config).layers if layer.kind == "block"]
     assert [kept_bytes(layer, tokens) for layer in blocks] == cached_bytes(cache)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, Cache, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import StaticLayer
+from transformers.masking_utils import create_causal_mask
 
 from lp_plugin.errors import UnsupportedModelError, WorkloadError
 from lp_plugin.integrations.transformers.halves import HALVES, leave_out
@@ -24,7 +26,10 @@ from lp_plugin.integrations.transformers.host_constants import NoHostConstants
 from lp_plugin.integrations.transformers.runnable import ENCODERS, check_runnable
 from lp_plugin.model import LayerCost, ModelProfile
 
-__all__ = ["DecoderStage", "num_layers"]
+__all__ = ["CACHE_ARGUMENT", "DecoderStage", "num_layers"]
+
+CACHE_ARGUMENT = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
+"""What transformers' models call their KV cache: ``cache`` since 5.24, which warns of the older name."""
 
 _FINAL_NORMS = ("norm", "final_layer_norm", "ln_f")
 """What families call the final norm, where transformers has no accessor for it."""
@@ -206,8 +211,8 @@ class DecoderStage(nn.Module):
             hidden,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=cache if attends else None,
             use_cache=attends,
+            **{CACHE_ARGUMENT: cache if attends else None},
             **({"logits_to_keep": 1} if self.has_head else {}),
         )
 

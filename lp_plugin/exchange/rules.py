@@ -122,9 +122,11 @@ def megatron_even(num_blocks: int, num_stages: int) -> tuple[int, ...]:
 
 
 def transformers_native(num_blocks: int, num_stages: int) -> tuple[int, ...]:
-    """Pipeline parallelism of transformers itself: what is left over goes to the last stage, beside the head.
+    """Pipeline parallelism of transformers itself: one more for the first stages.
 
-    Source: huggingface/transformers 5.23, ``src/transformers/distributed/pipeline_parallel.py``,
+    Up to 5.23 all that was left over went to the last stage, beside the head.
+
+    Source: huggingface/transformers 5.24, ``src/transformers/distributed/pipeline_parallel.py``,
     ``PipelineStage.layer_range_for_rank``.
 
     Args:
@@ -139,10 +141,9 @@ def transformers_native(num_blocks: int, num_stages: int) -> tuple[int, ...]:
 
     Example:
         >>> transformers_native(61, 8)
-        (7, 7, 7, 7, 7, 7, 7, 12)
+        (8, 8, 8, 8, 8, 7, 7, 7)
     """
-    each, rest = _share(num_blocks, num_stages, "blocks")
-    return (*(each,) * (num_stages - 1), each + rest)
+    return tensorrt_llm(num_blocks, num_stages)
 
 
 def deepspeed_uniform(num_layers: int, num_stages: int) -> tuple[int, ...]:

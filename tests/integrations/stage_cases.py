@@ -11,7 +11,7 @@ from torch import nn
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import StaticLayer
 
-from lp_plugin.integrations.transformers.decoder import DecoderStage, num_layers
+from lp_plugin.integrations.transformers.decoder import CACHE_ARGUMENT, DecoderStage, num_layers
 
 NEW_TOKENS = 4
 LENGTH = TOKENS + NEW_TOKENS
@@ -47,7 +47,7 @@ def decoding(whole: PreTrainedModel) -> list[tuple[dict[str, torch.Tensor], torc
     steps = []
     for column in range(TOKENS, LENGTH):
         given = {"attention_mask": mask.clone(), "position_ids": positions}
-        logits = whole(ids, **given, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        logits = whole(ids, **given, use_cache=True, logits_to_keep=1, **{CACHE_ARGUMENT: cache}).logits
         steps.append(({"hidden": ids, **given}, logits))
         ids, positions = logits.argmax(-1), positions[:, -1:] + 1
         mask[:, column] = 1

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from lp_plugin.integrations.deepspeed.forward.whole_rows import whole_rows
-from lp_plugin.integrations.transformers.decoder import DecoderStage, num_layers
+from lp_plugin.integrations.transformers.decoder import CACHE_ARGUMENT, DecoderStage, num_layers
 
 BLOCKS = 5
 
@@ -119,7 +119,7 @@ def test_a_mask_is_made_only_for_a_sliding_window() -> None:
     config = make_config("mistral", 1)
     config._attn_implementation = "sdpa"
     hidden, positions = torch.zeros(2, 20, 64), torch.arange(20)[None]
-    given = {"config": config, "inputs_embeds": hidden, "attention_mask": None, "past_key_values": None}
+    given = {"config": config, "inputs_embeds": hidden, "attention_mask": None, CACHE_ARGUMENT: None}
     with FakeTensorMode(allow_non_fake_inputs=True), whole_rows():
         assert create_causal_mask(**given, position_ids=positions) is None
         assert create_sliding_window_causal_mask(**given, position_ids=positions) is not None

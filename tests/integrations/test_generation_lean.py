@@ -14,6 +14,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.models.llama import modeling_llama
 
 from lp_plugin.integrations.deepspeed.generation.lean import LeanPass, lean_cache
+from lp_plugin.integrations.transformers.decoder import CACHE_ARGUMENT
 
 BLOCKS, LENGTH, PROMPT, NEW = 3, 12, 6, 3
 
@@ -36,7 +37,7 @@ def passes(model: PreTrainedModel, cache: Cache) -> list[torch.Tensor]:
         inputs: dict[str, Any] = {"attention_mask": mask, "position_ids": positions[:, start:stop]}
         if model.config.model_type == "bloom":
             del inputs["position_ids"]
-        found.append(model(ids[:, start:stop], past_key_values=cache, use_cache=True, **inputs).logits[:, -1])
+        found.append(model(ids[:, start:stop], use_cache=True, **{CACHE_ARGUMENT: cache}, **inputs).logits[:, -1])
     return found
 
 

@@ -76,7 +76,7 @@ def test_stages_are_timed_one_by_one_where_nothing_is_missing_of_them(cases: tup
     assert timed == {"pp=2 uniform", "dp=2"}  # of tp=2 all-reduces are missing, and stock is not our own
     stages = prefill["pp=2 uniform"].alone_seconds
     assert len(stages) == 2
-    assert all(0 < each for each in stages)
+    assert all(each > 0 for each in stages)
     assert not any(row.alone_seconds for row in decode.values())
     limit = bubble_limit(cases[0], prefill["pp=2 uniform"])
     assert limit is not None
