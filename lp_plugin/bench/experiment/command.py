@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import shlex
+import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -28,6 +30,9 @@ __all__ = ["run_experiment"]
 _FROM_RUN = ("counted_bytes", "predicted_hit_fraction", "nvlink_bytes", "nvlink_reason", "counted_link_bytes")
 """Fields of counters that the case's own processes have filled in."""
 _COUNTED = "lp_plugin.bench.experiment.counted_stage"
+_COUNTING = "interrupted before all counters were read"
+_ENDING = (signal.SIGTERM, signal.SIGHUP)
+"""What a session or a scheduler sends; an interrupt from the keyboard is one already."""
 
 
 def run_experiment(console: Console, experiment: Experiment, *, folder: Path | None, tables: Sequence[str]) -> None:
@@ -58,10 +63,11 @@ def run_experiment(console: Console, experiment: Experiment, *, folder: Path | N
     prepare_environment(None)
     start = time.time()
     try:
-        for case in experiment.cases:
-            found = _run(console, experiment, case, frozenset(tables), start)
-            results = dataclasses.replace(results, cases=(*results.cases, found))
-            keep(results, folder)
+        with _interrupted_by_signals():
+            for number, case in enumerate(experiment.cases):
+                for found in _run(console, experiment, case, frozenset(tables), start):
+                    results = dataclasses.replace(results, cases=(*results.cases[:number], found))
+                    keep(results, folder)
     except KeyboardInterrupt as interrupt:  # typer would end without a word
         if isinstance(interrupt, CaseInterrupt):
             results = dataclasses.replace(results, cases=(*results.cases, interrupt.measured))
@@ -78,6 +84,19 @@ def run_experiment(console: Console, experiment: Experiment, *, folder: Path | N
         raise RuntimeEnvironmentError(f"nothing ran; the first reason: {reasons[0]}.")
 
 
+@contextlib.contextmanager
+def _interrupted_by_signals() -> Iterator[None]:
+    """Inside, what asks this process to end interrupts it, so that what it has started ends, too."""
+    changed = [number for number in _ENDING if signal.getsignal(number) is signal.SIG_DFL]  # nohup ignores one
+    for number in changed:
+        signal.signal(number, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        for number in changed:
+            signal.signal(number, signal.SIG_DFL)
+
+
 def _nothing_ran(case: CaseResult) -> str:
     """Why not; empty if something did."""
     if case.reason or not case.rows:
@@ -85,14 +104,19 @@ def _nothing_ran(case: CaseResult) -> str:
     return "" if any(not row.reason for row in case.rows) else case.rows[0].reason
 
 
-def _run(console: Console, experiment: Experiment, case: Case, tables: frozenset[str], start: float) -> CaseResult:
+def _run(
+    console: Console, experiment: Experiment, case: Case, tables: frozenset[str], start: float
+) -> Iterator[CaseResult]:
+    """One case; yields its result each time that there is more of it."""
+
     def say(text: str) -> None:
         console.print(f"{time.time() - start:6.1f} s  {text}", highlight=False, markup=False)
 
     reason = _unable(case)
     if reason:
         say(f"case {case.name} is left out: {reason}")
-        return empty_result(case, reason)
+        yield empty_result(case, reason)
+        return
     asked = experiment if "scaling" in tables else dataclasses.replace(experiment, scale_out=())
     with tempfile.TemporaryDirectory(prefix="lp-plugin-bench-") as name:
         job = CaseJob(
@@ -112,7 +136,10 @@ def _run(console: Console, experiment: Experiment, case: Case, tables: frozenset
                 f"{job.gpus} of {case.processes} GPUs are here: what needs more than one is predicted, its stages timed"
             )
         found = run_case(job, _run_rank, say)
-    return _with_counters(case, found, say) if "memory-access" in tables else found
+    if "memory-access" in tables:
+        yield from _with_counters(case, found, say)
+    else:
+        yield found
 
 
 def _run_rank(job: CaseJob) -> CaseResult | None:
@@ -121,15 +148,19 @@ def _run_rank(job: CaseJob) -> CaseResult | None:
     return run_case_rank(job)
 
 
-def _with_counters(case: Case, found: CaseResult, say: Callable[[str], None]) -> CaseResult:
+def _with_counters(case: Case, found: CaseResult, say: Callable[[str], None]) -> Iterator[CaseResult]:
     """Hardware counters of the stages that the case wants them of, one process after the other.
+
+    Yields the result with as many as are read; before the last ones it says that some are missing.
 
     CUDA graphs are counted as the eager passes that they hold, and so is DeepSpeed's ``eval_batch``.
     """
     decodes = case.phase == "decode"
-    rows = []
-    for row in found.rows:
+    rows = list(found.rows)
+    for place, row in enumerate(found.rows):
         counters = []
+        if row.counters:
+            yield dataclasses.replace(found, rows=tuple(rows), note=found.note or _COUNTING)
         for there, (start, stop) in zip(row.counters, pairwise(row.boundaries), strict=False):
             say(f"case {case.name}: reading counters of {row.name}, stage {there.stage}")
             spec = CountedStage(
@@ -146,8 +177,8 @@ def _with_counters(case: Case, found: CaseResult, say: Callable[[str], None]) ->
             read = count_stage(spec, _COUNTED, stage=there.stage)
             kept = {name: getattr(there, name) for name in _FROM_RUN}
             counters.append(dataclasses.replace(read, **kept))
-        rows.append(dataclasses.replace(row, counters=tuple(counters)))
-    return dataclasses.replace(found, rows=tuple(rows))
+        rows[place] = dataclasses.replace(row, counters=tuple(counters))
+    yield dataclasses.replace(found, rows=tuple(rows))
 
 
 def _unable(case: Case) -> str:
