@@ -16,6 +16,7 @@ from lp_plugin.bench.experiment.device_tables import footprint_table
 from lp_plugin.bench.experiment.document import Figures, Section, figures_table
 from lp_plugin.bench.experiment.html import as_html
 from lp_plugin.bench.experiment.markdown import as_markdown
+from lp_plugin.bench.experiment.pictures import _layer_bars
 from lp_plugin.bench.experiment.report import TABLES, print_tables, write_report
 from lp_plugin.bench.experiment.results import Results, Row, load_results, save_results
 from lp_plugin.bench.experiment.timelines import trace_of
@@ -226,11 +227,15 @@ def test_a_layer_timed_in_several_ways_is_one_line() -> None:
     eager = case.layers[0]
     graphs = dataclasses.replace(eager, execution="graphs", seconds=tuple(each / 2 for each in eager.seconds))
     larger = dataclasses.replace(graphs, execution="compiled", peak_bytes=tuple(7 for _ in eager.peak_bytes))
-    table = footprint_table(dataclasses.replace(case, layers=(eager, graphs, larger)))
+    several = dataclasses.replace(case, layers=(eager, graphs, larger))
+    table = footprint_table(several)
     blocks = [row for row in table.rows if row[0].startswith("block")] if table else []
     ways = table.headings.index("timed as") if table else 0
     assert [row[ways] for row in blocks] == ["eager, graphs", "compiled"]
     assert "40.0 us, 20.0 us" in blocks[0]
+    bars = [bar.name for bar in _layer_bars(several) if bar.is_predicted]
+    assert [name.partition(", ")[2] for name in bars] == ["eager and graphs", "compiled"]
+    assert [name.partition(", ")[2] for name in (bar.name for bar in _layer_bars(case))] == ["", ""]
 
 
 def test_layers_timed_with_different_rows_are_told_apart() -> None:

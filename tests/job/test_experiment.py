@@ -183,6 +183,7 @@ def test_turns_change_their_order() -> None:
     from lp_plugin.bench.experiment.trials import turn_order
 
     assert turn_order(4, 3) == [0, 1, 2, 3, 0, 3, 2, 1, 2, 3, 0, 1]
+    assert turn_order(0, 3) == []
     for count in range(2, 9):
         order = turn_order(count, 12)
         assert all(first != second for first, second in itertools.pairwise(order))

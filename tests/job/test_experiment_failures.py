@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from tiny_experiment import TINY
 
-from lp_plugin.bench.experiment.command import run_experiment
+from lp_plugin.bench.experiment.command import _interrupted_by_signals, run_experiment
 from lp_plugin.bench.experiment.job import (
     CaseInterrupt,
     CaseJob,
@@ -30,6 +30,8 @@ from lp_plugin.bench.experiment.job import (
 from lp_plugin.bench.experiment.results import CaseResult, Row, load_results
 from lp_plugin.bench.experiment.settings import read_experiment
 from lp_plugin.errors import RankFailedError, RuntimeEnvironmentError, WorkloadError
+from lp_plugin.measure.counters import CountedStage
+from lp_plugin.measured import Counters
 from lp_plugin.report import console
 
 Main = Callable[..., tuple[int, str, str]]
@@ -179,6 +181,61 @@ def test_the_model_directory_names_no_end(job: CaseJob) -> None:
     config = json.loads((Path(job.directory) / "config.json").read_text(encoding="utf-8"))
     assert config["eos_token_id"] is None
     assert (config["hidden_size"], config["vocab_size"]) == (64, 264)
+
+
+class Counting(Processes):
+    """Processes whose case wants counters of two configurations."""
+
+    def __call__(self, num_processes: int, entry: Any, job: CaseJob) -> CaseResult:
+        rows = tuple(
+            Row(
+                name=name,
+                data_parallel=1,
+                tensor_parallel=1,
+                pipeline_parallel=stages,
+                partition="",
+                boundaries=tuple(range(stages + 1)),
+                seconds=(1.0, 1.0),
+                counters=tuple(Counters(stage=stage) for stage in range(stages)),
+            )
+            for name, stages in (("1", 1), ("pp=2", 2))
+        )
+        return dataclasses.replace(empty_result(job.case, ""), rows=rows)
+
+
+def test_interrupted_counters_keep_what_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def count(spec: CountedStage, module: str, *, stage: int) -> Counters:
+        if stage == 1:  # of the second configuration
+            os.kill(os.getpid(), signal.SIGTERM)
+        return Counters(stage=stage, dram_read_bytes=5.0)
+
+    monkeypatch.setattr("lp_plugin.job.launch.launch_local", Counting({}))
+    monkeypatch.setattr("lp_plugin.bench.experiment.command.count_stage", count)
+    (tmp_path / "tiny.toml").write_text(TINY.partition('[[case]]\nname = "decode"')[0], encoding="utf-8")
+    experiment = read_experiment(tmp_path / "tiny.toml")
+    with pytest.raises(SystemExit) as caught:
+        run_experiment(console(), experiment, folder=tmp_path / "out", tables=("performance", "memory-access"))
+    assert caught.value.code == 130
+    assert "what is measured is in" in capsys.readouterr().err
+    (case,) = load_results(tmp_path / "out" / "results.json").cases
+    assert case.note == "interrupted before all counters were read"
+    assert [[each.dram_read_bytes for each in row.counters] for row in case.rows] == [[5.0], [None, None]]
+    assert all(row.seconds for row in case.rows)
+
+
+def test_signals_that_are_ignored_stay_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # by nohup
+    try:
+        with _interrupted_by_signals():
+            os.kill(os.getpid(), signal.SIGHUP)
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGTERM)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_an_error_in_a_line() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -174,8 +175,11 @@ class _Bar(NamedTuple):
 
 
 def _layer_bars(case: CaseResult) -> Iterator[_Bar]:
-    """The first block, as each degree of tensor parallelism holds it."""
-    for times, *_ in same_memory(case.layers):
+    """The first block, as each degree of tensor parallelism holds it; by execution where that makes a difference."""
+    groups = same_memory(case.layers)
+    kinds = Counter((ways[0].tensor_parallel, ways[0].granularity, ways[0].rows) for ways in groups)
+    for ways in groups:
+        times = ways[0]
         profile = profile_of(case, times)
         place = None if profile is None else first_block(profile)
         if profile is None or place is None:
@@ -184,6 +188,8 @@ def _layer_bars(case: CaseResult) -> Iterator[_Bar]:
         name = layer.name if times.tensor_parallel == 1 else f"{layer.name} of TP={times.tensor_parallel}"
         if several_rows(case):
             name = f"{name}, {times.rows:,} rows"
+        if kinds[times.tensor_parallel, times.granularity, times.rows] > 1:
+            name = f"{name}, {' and '.join(each.execution for each in ways)}"
         yield _Bar(name, layer.weight_bytes, layer_rest_bytes(case, times, layer), is_predicted=True)
         yield _Bar(name, times.weight_bytes[place], peak or 0, is_predicted=False)
 
