@@ -113,7 +113,7 @@ def test_the_bubble_limit_is_the_schedule_of_the_stages_alone() -> None:
     assert limit.share_of_stages == pytest.approx(drained / 8)
     assert limit.ratio_without_bubble is not None
     assert limit.ratio_without_bubble.value == pytest.approx(1.25 * 19 / 18)
-    assert limit.most_over_baseline == pytest.approx(10 / drained)
+    assert limit.stages_over_baseline == pytest.approx(10 / drained)
     assert bubble_limit(CASE, BASE) is None
 
 
@@ -123,11 +123,11 @@ def test_stages_alone_limit_what_did_not_run() -> None:
     assert limit is not None
     assert ran is not None
     assert (limit.share_of_bound, limit.share_of_stages, limit.ratio_without_bubble) == (None, None, None)
-    assert (limit.rate_at_bound, limit.most_over_baseline) == (ran.rate_at_bound, ran.most_over_baseline)
+    assert (limit.rate_at_bound, limit.stages_over_baseline) == (ran.rate_at_bound, ran.stages_over_baseline)
     nothing = dataclasses.replace(CASE, rows=(short,))
     without = bubble_limit(nothing, short)
     assert without is not None
-    assert without.most_over_baseline is None
+    assert without.stages_over_baseline is None
 
 
 def test_the_baselines_own_bubble_is_taken_out_too() -> None:

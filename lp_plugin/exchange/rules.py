@@ -89,8 +89,7 @@ def tensorrt_llm(num_blocks: int, num_stages: int) -> tuple[int, ...]:
         >>> tensorrt_llm(61, 8)
         (8, 8, 8, 8, 8, 7, 7, 7)
     """
-    each, rest = _share(num_blocks, num_stages, "blocks")
-    return tuple(each + (stage < rest) for stage in range(num_stages))
+    return _first_stages_more(num_blocks, num_stages)
 
 
 def megatron_even(num_blocks: int, num_stages: int) -> tuple[int, ...]:
@@ -143,7 +142,7 @@ def transformers_native(num_blocks: int, num_stages: int) -> tuple[int, ...]:
         >>> transformers_native(61, 8)
         (8, 8, 8, 8, 8, 7, 7, 7)
     """
-    return tensorrt_llm(num_blocks, num_stages)
+    return _first_stages_more(num_blocks, num_stages)
 
 
 def deepspeed_uniform(num_layers: int, num_stages: int) -> tuple[int, ...]:
@@ -202,6 +201,12 @@ def boundaries_of_rule(name: str, layers: Sequence[NamedLayer], num_stages: int)
         raise WorkloadError(f"there is no rule {name!r}; known are {', '.join(RULES)}.")
     num_blocks = len(block_starts(layers)) - 1
     return boundaries_from_counts(layers, BLOCK_RULES[name](num_blocks, num_stages))
+
+
+def _first_stages_more(num_blocks: int, num_stages: int) -> tuple[int, ...]:
+    """As even as can be, one more for as many of the first stages as are needed."""
+    each, rest = _share(num_blocks, num_stages, "blocks")
+    return tuple(each + (stage < rest) for stage in range(num_stages))
 
 
 def _share(count: int, num_stages: int, unit: str) -> tuple[int, int]:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from transformers import GenerationConfig, LogitsProcessorList
 
-from lp_plugin.integrations.deepspeed.forward.capture import LonePasses, captured
+from lp_plugin.integrations.deepspeed.forward.capture import LonePasses, captured, check_capturable
 from lp_plugin.integrations.deepspeed.forward.stage_work import StageWork
 from lp_plugin.integrations.deepspeed.generation.choosing import Chooser
 from lp_plugin.integrations.deepspeed.generation.lean import LeanPass
@@ -100,20 +100,27 @@ def make_passes(stages: Sequence[DecoderStage], shape: Shape, execution: Executi
 
 
 class LoneStage:
-    """A stage over whole sequences, to be timed again and again as `ForwardPipeline.alone_seconds` does, without one.
+    """A stage over whole sequences without a pipeline, to be timed again and again.
+
+    What `ForwardPipeline.alone_seconds` does with a stage of an engine, by the same code.
 
     Args:
         stage: Materialised; all-reduces of tensor parallelism are not in its passes.
         shape: Of a micro-batch.
         execution: How its passes are launched.
         device: Where it lies.
+
+    Raises:
+        UnsupportedModelError: If graphs are asked for, and its passes ask the device for values.
     """
 
     def __init__(self, stage: DecoderStage, shape: Shape, execution: Execution, device: torch.device) -> None:
-        self._work = _work(stage, shape, device, compiled=execution == "compiled")
-        with self._work.passing():
+        if execution != "eager":
+            check_capturable(stage)
+        self._work = work = _work(stage, shape, device, compiled=execution == "compiled")
+        with work.passing():
             self._lone = LonePasses(
-                lambda: self._work.run(0, labelled=True), device, pool=None, replayed=execution != "eager"
+                lambda: work.run(0, labelled=True), device, pool=None, replayed=execution != "eager"
             )
 
     def seconds(self) -> float:

@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 
+from lp_plugin.errors import UnsupportedModelError
 from lp_plugin.integrations.deepspeed.engine import slowest
 from lp_plugin.measure.layers import synchronize
 
-__all__ = ["LonePasses", "captured"]
+__all__ = ["LonePasses", "captured", "check_capturable"]
 
 _ALONE_SECONDS = {"cuda": 0.3, "cpu": 0.1}
 """Over which passes are timed, by type of device: a GPU at its power limit takes a fifth more or less from one
@@ -29,6 +30,20 @@ _PASSES, _GRAPH_SECONDS = 8, 30e-3
 def _capture_stream(device: torch.device) -> torch.cuda.Stream:
     """One for all captures of a process: libraries keep a workspace for each stream."""
     return torch.cuda.Stream(device)
+
+
+def check_capturable(stage: Any) -> None:
+    """Refuses a `DecoderStage` whose passes can't be CUDA graphs.
+
+    Raises:
+        UnsupportedModelError: If they ask the device for values.
+    """
+    if not stage.capturable:
+        raise UnsupportedModelError(
+            "this model's passes ask the device for values (rotary frequencies that depend on the longest sequence, or "
+            "experts in another precision than bfloat16), so that they can't be CUDA graphs; choose execution 'eager' "
+            "or 'auto'."
+        )
 
 
 def captured(

@@ -12,10 +12,10 @@ import torch
 from deepspeed.runtime.pipe.schedule import PipeInstruction
 from torch import distributed
 
-from lp_plugin.errors import RuntimeEnvironmentError, UnsupportedModelError, WorkloadError
+from lp_plugin.errors import RuntimeEnvironmentError, WorkloadError
 from lp_plugin.integrations.deepspeed.engine import stage_group
 from lp_plugin.integrations.deepspeed.forward import schedule
-from lp_plugin.integrations.deepspeed.forward.capture import LonePasses, captured
+from lp_plugin.integrations.deepspeed.forward.capture import LonePasses, captured, check_capturable
 from lp_plugin.integrations.deepspeed.forward.hops import NUM_BUFFERS, Hops
 from lp_plugin.integrations.deepspeed.forward.stage_work import StageWork
 from lp_plugin.integrations.deepspeed.generation.ring import Ring, find_widths
@@ -179,20 +179,16 @@ class ForwardPipeline:
 
     def _settle(self, execution: Execution) -> int:
         """What this rank says to graphs, after its own pass has run."""
-        capturable = self._engine.module.stage.capturable
-        if execution in ("graphs", "compiled") and not capturable:
-            raise UnsupportedModelError(
-                "this model's passes ask the device for values (rotary frequencies that depend on the longest "
-                "sequence, or experts in another precision than bfloat16), so that they can't be CUDA graphs; "
-                "choose execution 'eager' or 'auto'."
-            )
+        stage = self._engine.module.stage
+        if execution in ("graphs", "compiled"):
+            check_capturable(stage)
         self._work = self._make_work()
         with self._work.passing():
             self._forward(0, labelled=self._work.has_loss)
         torch.cuda.synchronize()
         if execution != "auto":
             return _GRAPHS_DO_NOT_PAY
-        if not capturable:
+        if not stage.capturable:
             return _NO_GRAPHS
         with self._work.passing():
             both = [self._lone_passes(replayed=each) for each in (False, True)]

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
+from types import FrameType
 
 import torch
 from rich.console import Console
@@ -61,20 +62,7 @@ def run_experiment(console: Console, experiment: Experiment, *, folder: Path | N
         cases=(),
     )
     prepare_environment(None)
-    start = time.time()
-    try:
-        with _interrupted_by_signals():
-            for number, case in enumerate(experiment.cases):
-                for found in _run(console, experiment, case, frozenset(tables), start):
-                    results = dataclasses.replace(results, cases=(*results.cases[:number], found))
-                    keep(results, folder)
-    except KeyboardInterrupt as interrupt:  # typer would end without a word
-        if isinstance(interrupt, CaseInterrupt):
-            results = dataclasses.replace(results, cases=(*results.cases, interrupt.measured))
-            keep(results, folder)
-        kept = f"what is measured is in {folder / RESULTS}, lp-plugin bench report {folder} makes the report"
-        print(f"interrupted; {kept if results.cases else 'nothing is measured yet'}", file=sys.stderr)  # noqa: T201
-        raise SystemExit(130) from None
+    results = _measured(console, experiment, results, folder, frozenset(tables))
     if "scaling" in tables:
         results = dataclasses.replace(results, simulated=simulate_scale_out(experiment, results.cases))
         keep(results, folder)
@@ -84,16 +72,51 @@ def run_experiment(console: Console, experiment: Experiment, *, folder: Path | N
         raise RuntimeEnvironmentError(f"nothing ran; the first reason: {reasons[0]}.")
 
 
+def _measured(
+    console: Console, experiment: Experiment, results: Results, folder: Path, tables: frozenset[str]
+) -> Results:
+    """The results with every case; kept in the folder as they come, and when a signal ends the command."""
+    start = time.time()
+    with _interrupted_by_signals() as ignore_further:
+        try:
+            for number, case in enumerate(experiment.cases):
+                for found in _run(console, experiment, case, tables, start):
+                    results = dataclasses.replace(results, cases=(*results.cases[:number], found))
+                    keep(results, folder)
+        except KeyboardInterrupt as interrupt:  # typer would end without a word
+            ignore_further()
+            if isinstance(interrupt, CaseInterrupt):
+                results = dataclasses.replace(results, cases=(*results.cases, interrupt.measured))
+                keep(results, folder)
+            kept = f"what is measured is in {folder / RESULTS}, lp-plugin bench report {folder} makes the report"
+            print(f"interrupted; {kept if results.cases else 'nothing is measured yet'}", file=sys.stderr)  # noqa: T201
+            raise SystemExit(130) from None
+    return results
+
+
 @contextlib.contextmanager
-def _interrupted_by_signals() -> Iterator[None]:
-    """Inside, what asks this process to end interrupts it, so that what it has started ends, too."""
-    changed = [number for number in _ENDING if signal.getsignal(number) is signal.SIG_DFL]  # nohup ignores one
-    for number in changed:
-        signal.signal(number, signal.default_int_handler)
+def _interrupted_by_signals() -> Iterator[Callable[[], None]]:
+    """Inside, the first signal that asks this process to end interrupts it, so that what it has started ends, too.
+
+    Further ones are ignored: a session that ends sends several, and there is something to keep. What was ignored
+    before, as by nohup, stays so. Yields what ignores them all from then on.
+    """
+    heeded = [number for number in _ENDING if signal.getsignal(number) is signal.SIG_DFL]
+
+    def ignore() -> None:
+        for number in heeded:
+            signal.signal(number, signal.SIG_IGN)
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        ignore()
+        raise KeyboardInterrupt
+
+    for number in heeded:
+        signal.signal(number, interrupt)
     try:
-        yield
+        yield ignore
     finally:
-        for number in changed:
+        for number in heeded:
             signal.signal(number, signal.SIG_DFL)
 
 
@@ -132,9 +155,7 @@ def _run(
         )
         say(f"case {case.name}: {case.processes} processes, {len(case.configurations)} configurations")
         if job.ranks < case.processes:
-            say(
-                f"{job.gpus} of {case.processes} GPUs are here: what needs more than one is predicted, its stages timed"
-            )
+            say(f"{job.gpus} of {case.processes} GPUs are here: what needs more than one is not run")
         found = run_case(job, _run_rank, say)
     if "memory-access" in tables:
         yield from _with_counters(case, found, say)

@@ -80,7 +80,7 @@ class BubbleLimit:
     """Measured rate over ``rate_at_bound``; above 1 is possible only if stages are unequal. None if it did not run."""
     share_of_stages: float | None
     """Measured rate over ``rate_of_stages``; None if it did not run."""
-    most_over_baseline: float | None
+    stages_over_baseline: float | None
     """``rate_of_stages`` over the baseline's measured rate; None for the baseline, and if that did not run."""
     ratio_without_bubble: Ratio | None
     """Rate over the baseline's if neither had a bubble: the ratio over the quotient of the bounds."""
@@ -181,7 +181,7 @@ def bubble_limit(case: CaseResult, row: Row) -> BubbleLimit | None:
         rate_of_stages=case.tokens / stages_seconds,
         share_of_bound=bound_seconds / row.median_seconds if row.seconds else None,
         share_of_stages=stages_seconds / row.median_seconds if row.seconds else None,
-        most_over_baseline=None if baseline is None or baseline is row else baseline.median_seconds / stages_seconds,
+        stages_over_baseline=None if baseline is None or baseline is row else baseline.median_seconds / stages_seconds,
         ratio_without_bubble=ratio,
     )
 

@@ -211,7 +211,7 @@ def _memory(
 
 
 def _expected_execution(job: CaseJob, configuration: Configuration, measured: Measured) -> Execution:
-    """How a configuration that is not run would run."""
+    """How a configuration that is not run is expected to run; the choice itself would take the whole stage's time."""
     if configuration.execution != "auto":
         return configuration.execution
     if job.case.phase == "decode":

@@ -1,8 +1,9 @@
-"""A pipeline that has too few GPUs here: what one GPU can tell of it, by running its stages one after the other."""
+"""A pipeline that has too few GPUs here: its stages by themselves, one after the other."""
 
 from __future__ import annotations
 
 import functools
+import gc
 import statistics
 from collections.abc import Sequence
 from itertools import pairwise
@@ -13,7 +14,7 @@ from lp_plugin.bench.experiment.agreement import together
 from lp_plugin.bench.experiment.entries import Entry
 from lp_plugin.bench.experiment.job import CaseJob, LeftOutError
 from lp_plugin.bench.experiment.progress import Steps
-from lp_plugin.integrations.deepspeed.alone.passes import Execution, LoneStage, Shape
+from lp_plugin.integrations.deepspeed.alone.passes import LoneStage, Shape
 from lp_plugin.integrations.deepspeed.alone.stages import read_mapping, stage_of_copies
 from lp_plugin.quantity import format_seconds
 
@@ -21,10 +22,11 @@ __all__ = ["time_stages"]
 
 
 def time_stages(job: CaseJob, entries: Sequence[Entry], device: torch.device, steps: Steps) -> None:
-    """Times each stage of the configurations that need more GPUs than there are, by itself, as often as trials go.
+    """Times each stage of the configurations that need more GPUs than there are, as often as there are trials.
 
-    Only what the pipeline would run as it is here: whole sequences, in our own schedule, and no layer that is shared by
-    several ranks, whose all-reduces would be missing.
+    One stage after the other, so that a model has room whose stages would each have a GPU. Only those that run here
+    just as they would in the pipeline: of prefill, in our own schedule, and with whole layers, since of those that
+    several ranks share the all-reduces would be missing.
 
     Args:
         job: The case.
@@ -35,42 +37,48 @@ def time_stages(job: CaseJob, entries: Sequence[Entry], device: torch.device, st
     for entry in entries:
         if not _can_be_timed(job, entry):
             continue
-        steps.begin(f"timing the stages of {entry.name}", entry.name)
+        stages = list(pairwise(entry.fields["boundaries"]))
         try:
-            entry.alone = together(functools.partial(_turns, job, entry, device))
+            times = [_times(job, entry, number, stages[number], device, steps) for number in range(len(stages))]
         except LeftOutError as error:
             steps.say(f"the stages of {entry.name} are not timed: {error}")
             continue
-        seconds = ", ".join(format_seconds(statistics.median(each)) for each in zip(*entry.alone, strict=True))
-        steps.say(f"the stages of {entry.name} take {seconds} alone")
+        entry.alone = list(zip(*times, strict=True))
+        medians = ", ".join(format_seconds(statistics.median(each)) for each in times)
+        steps.say(f"the stages of {entry.name} take {medians} alone")
 
 
 def _can_be_timed(job: CaseJob, entry: Entry) -> bool:
-    configuration, fields = entry.configuration, entry.fields
     return (
-        bool(job.shortage(configuration))
+        bool(job.shortage(entry.configuration))
         and job.case.phase == "prefill"
-        and configuration.strategy.tensor_parallel == 1
-        and fields.get("execution") in {"eager", "graphs", "compiled"}
-        and "boundaries" in fields
+        and entry.configuration.strategy.tensor_parallel == 1
+        and entry.fields.get("execution") in {"eager", "graphs", "compiled"}
     )
 
 
-def _turns(job: CaseJob, entry: Entry, device: torch.device) -> list[tuple[float, ...]]:
-    """Seconds of each stage, turn by turn; the first turn warms up."""
-    case, fields = job.case, entry.fields
-    dtype: torch.dtype = getattr(torch, case.dtype)
-    execution: Execution = fields["execution"]
-    shape = Shape(rows=fields["micro_batch"], tokens=case.sequence, cache_length=0, dtype=dtype)
-    config = read_mapping(case.config)
-    stages = [
-        LoneStage(
-            stage_of_copies(config, start, stop, halves=False, tensor_parallel=1, device=device, dtype=dtype),
-            shape,
-            execution,
-            device,
-        )
-        for start, stop in pairwise(fields["boundaries"])
-    ]
-    turns = [tuple(stage.seconds() for stage in stages) for _ in range(job.trials + 1)]
-    return turns[1:]
+def _times(
+    job: CaseJob, entry: Entry, number: int, layers: tuple[int, int], device: torch.device, steps: Steps
+) -> list[float]:
+    """Seconds of one stage's pass over one micro-batch, a figure per trial after one that warms up."""
+    what = f"timing stage {number} of {entry.name}"
+    steps.begin(what, entry.name)
+    stage = together(functools.partial(_stage, job, entry, layers, device))
+    seconds = []
+    for _ in range(job.trials + 1):
+        steps.begin(what, entry.name)
+        seconds.append(stage.seconds())
+    del stage
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return seconds[1:]
+
+
+def _stage(job: CaseJob, entry: Entry, layers: tuple[int, int], device: torch.device) -> LoneStage:
+    case, dtype = job.case, getattr(torch, job.case.dtype)
+    stage = stage_of_copies(
+        read_mapping(case.config), *layers, halves=False, tensor_parallel=1, device=device, dtype=dtype
+    )
+    shape = Shape(rows=entry.fields["micro_batch"], tokens=case.sequence, cache_length=0, dtype=dtype)
+    return LoneStage(stage, shape, entry.fields["execution"], device)

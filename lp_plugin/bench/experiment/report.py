@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -168,10 +168,11 @@ def _findings(results: Results) -> list[str]:
 def _finding(case: CaseResult) -> str:
     baseline, proposed = baseline_row(case), proposed_row(case)
     ran = rows_that_ran(case)
-    if not ran and not case.reason and not any(row.reason for row in case.rows):
-        return ""  # no table that was asked for needs trials
+    note = in_one_line(case.note)
     if not ran:
-        return f"{case.name}: nothing ran. {in_one_line(case.reason)}".strip()
+        if case.reason or (case.rows and all(row.reason for row in case.rows)):
+            return f"{case.name}: nothing ran. {in_one_line(case.reason)}".strip()
+        return f"{case.name}: {note}." if note else ""  # no table that was asked for needs trials
     best = min(ran, key=lambda row: row.median_seconds)
     parts = [f"{case.name}: fastest is {best.name} with {tokens_text(case.tokens / best.median_seconds)} tokens/s"]
     if baseline is not None and proposed is not None:
@@ -180,17 +181,22 @@ def _finding(case: CaseResult) -> str:
         limit = bubble_limit(case, proposed)
         if limit is not None:
             parts.append(f"{share_text(limit.share_of_bound)} of its bubble bound")
-    parts += [
-        f"{row.name} would make {limit.most_over_baseline:.3f} times as many at most, by its stages alone"
-        for row in case.rows
-        if not row.seconds and (limit := bubble_limit(case, row)) is not None and limit.most_over_baseline is not None
-    ]
+    parts += _by_stages_alone(case)
     failed = [row.name for row in case.rows if row.reason]
     if failed:
         parts.append(f"left out: {', '.join(failed)}")
-    if case.note:
-        parts.append(in_one_line(case.note))
+    if note:
+        parts.append(note)
     return "; ".join(parts) + "."
+
+
+def _by_stages_alone(case: CaseResult) -> Iterator[str]:
+    """Of pipelines that had too few GPUs."""
+    for row in case.rows:
+        limit = None if row.seconds else bubble_limit(case, row)
+        if limit is not None and limit.stages_over_baseline is not None:
+            rate = f"{limit.stages_over_baseline:.3f} times the tokens/s of {case.baseline}"
+            yield f"by its stages alone {row.name} would make {rate}"
 
 
 def _performance(case: CaseResult, folder: Path | None, file: str) -> list[Block]:

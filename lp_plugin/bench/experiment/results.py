@@ -85,7 +85,7 @@ class Row:
     micro_batch: int = 1
     """Sequences of a micro-batch of its own."""
     execution: str = ""
-    """As it was chosen: eager, graphs, compiled or stock."""
+    """As it was chosen, or expected where there were too few GPUs: eager, graphs, compiled or stock."""
     reason: str = ""
     """Why it did not run, or not to the end; empty if all went well."""
     seconds: tuple[float, ...] = ()

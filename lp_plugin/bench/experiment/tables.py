@@ -127,7 +127,7 @@ def bubble_table(case: CaseResult) -> Figures | None:
             "m micro-batches of a replica, p stages. Bound: m/(m+p-1) times the rate of the slowest stage timed "
             "alone, as for equal stages. Limit of its stages: the drained schedule with every stage's own time, "
             "transfers free; over the rate of the baseline as measured. Without bubble: the ratio if both sides' "
-            "pipelines were always full.",
+            "pipelines were always full. Stages of what did not run were timed one after the other, without an engine.",
         ),
     ).without_empty()
 
@@ -143,7 +143,7 @@ def _bubble_row(row: Row, limit: BubbleLimit) -> tuple[str, ...]:
         share_text(limit.share_of_bound),
         tokens_text(limit.rate_of_stages),
         share_text(limit.share_of_stages),
-        "" if limit.most_over_baseline is None else f"{limit.most_over_baseline:.3f}",
+        "" if limit.stages_over_baseline is None else f"{limit.stages_over_baseline:.3f}",
         "" if limit.ratio_without_bubble is None else ratio_text(limit.ratio_without_bubble),
     )
 
