@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lp_plugin.errors import InvalidInputError
-from lp_plugin.files import check_target
+from lp_plugin.files import check_output
 from lp_plugin.plan import Plan
 from lp_plugin.quantity import format_bytes, format_seconds
 from lp_plugin.schedule import Interval, forward_timeline
@@ -167,13 +167,9 @@ def check_picture(path: str | Path) -> Path:
             no regular file.
     """
     target = Path(path)
-    try:
-        check_target(target)
-    except OSError as error:
-        raise InvalidInputError(f"the picture can't be written to {target}: {error}.") from None
-    if target.suffix not in _ENDINGS or not target.parent.is_dir():
+    if target.suffix not in _ENDINGS:
         raise InvalidInputError(
-            f"the picture can't be written to {target}: give a name that ends in {', '.join(_ENDINGS)}, in a folder "
-            "that exists."
+            f"the picture can't be written to {target}: give a name that ends in {', '.join(_ENDINGS)}."
         )
+    check_output(target, "the picture")
     return target

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
-import re
 import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,13 +18,13 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from lp_plugin.errors import HardwareError
 from lp_plugin.files import read_text
 from lp_plugin.hardware.device import Device, Link, MemoryTier, check_count, slower_link
+from lp_plugin.problems import problems_of, suggestion
 from lp_plugin.quantity import parse_bytes, parse_flops, parse_rate, parse_seconds, shown
 
 __all__ = ["catalogue", "load_device", "load_link", "load_network", "load_node_size", "read_chain"]
 
 _MAX_FILE_BYTES = 2**17  # thousands of tables; keeps the slowest file under a second
 _MAX_DOTS = 32  # tomllib takes time and memory that grow with the square of the parts of a dotted key
-_MAX_PROBLEMS = 8  # in one message
 
 
 def catalogue() -> tuple[str, ...]:
@@ -173,42 +171,21 @@ def _validated(model: type[_TableT], tables: object, prefix: str = "") -> _Table
     try:
         return model.model_validate(tables)
     except ValidationError as error:
-        found = error.errors(include_url=False, include_context=False)
-        problems = [_problem(model, prefix, dict(details)) for details in found[:_MAX_PROBLEMS]]
-        problems += [f"and {len(found) - _MAX_PROBLEMS} more"] if len(found) > _MAX_PROBLEMS else []
-        raise HardwareError("; ".join(problems) + ".") from error
+        raise HardwareError(f"{problems_of(error, functools.partial(_allowed, model), prefix)}.") from error
 
 
-def _problem(model: type[_Table], prefix: str, details: dict[str, Any]) -> str:
-    """One of pydantic's problems in a line: the key's path, the value, what is allowed."""
-    path = prefix
-    for part in details["loc"]:
-        key = part if isinstance(part, int) or re.fullmatch(r"[\w-]{1,60}", part) else shown(part)
-        path += f"[{key}]" if isinstance(part, int) else f".{key}" if part != "[key]" else ""
-    path = path.removeprefix(".")
-    if details["type"] == "missing":
-        return f"{path} is missing; add it"
-    if details["type"] == "extra_forbidden":
-        parents = [_INNER[part] for part in details["loc"][:-1] if part in _INNER]
-        fields = (parents[-1] if parents else model).model_fields
-        allowed = [field.alias or name for name, field in fields.items()]
-        return (
-            f"{path} is not a known key; {_suggestion(details['loc'][-1], allowed)}allowed here: {', '.join(allowed)}"
-        )
-    message = details["msg"].removeprefix("Value error, ").rstrip(".")
-    return f"{path} is {shown(details['input'])}: {message}"
-
-
-def _suggestion(name: str, known: list[str] | tuple[str, ...]) -> str:
-    close = difflib.get_close_matches(name.lower(), known, n=3)
-    return f"did you mean {' or '.join(close)}? " if close else ""
+def _allowed(model: type[_Table], place: tuple[int | str, ...]) -> list[str]:
+    """Keys of the innermost table of a place."""
+    parents = [_INNER[part] for part in place[:-1] if isinstance(part, str) and part in _INNER]
+    fields = (parents[-1] if parents else model).model_fields
+    return [field.alias or name for name, field in fields.items()]
 
 
 @functools.cache
 def _catalogue_file(name: str) -> _CatalogueFile:
     names = catalogue()
     if name not in names:
-        hint = f"{_suggestion(name, names)}known: {', '.join(names)}"
+        hint = f"{suggestion(name, names)}known: {', '.join(names)}"
         raise HardwareError(f"device {shown(name)} is not in the catalogue; {hint}.")
     file = resources.files("lp_plugin") / "hardware" / f"{name}.toml"
     return _validated(_CatalogueFile, tomllib.loads(file.read_text(encoding="utf-8")))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
 import tomllib
 from collections.abc import Mapping
@@ -18,6 +17,7 @@ from lp_plugin.files import read_text
 from lp_plugin.model import ModelProfile
 from lp_plugin.model.architecture import read_config
 from lp_plugin.model.layers import Granularity
+from lp_plugin.problems import problems_of
 from lp_plugin.quantity import shown
 from lp_plugin.strategy.layouts import Strategy
 from lp_plugin.workload import Workload
@@ -238,7 +238,7 @@ def read_experiment(path: str | Path) -> Experiment:
     try:
         file = _File.model_validate(tomllib.loads(read_text(path, _MAX_FILE_BYTES, "split it into several")))
     except ValidationError as error:
-        raise WorkloadError(f"{path}: {'; '.join(_problems(error))}.") from error
+        raise WorkloadError(f"{path}: {problems_of(error, _known)}.") from error
     except (OSError, ValueError, RecursionError) as error:
         raise WorkloadError(f"experiment file {path} can't be read: {error}.") from error
     cases = tuple(_case(file, table, path) for table in file.case)
@@ -318,24 +318,6 @@ def _check_unique(path: Path, what: str, names: list[str]) -> None:
     for number, name in enumerate(names):
         if name in names[:number]:
             raise WorkloadError(f"{path}: {what} {shown(name)} comes twice; give each a name of its own.")
-
-
-def _problems(error: ValidationError) -> list[str]:
-    """The first few of pydantic's problems, each in a line with its place."""
-    found = error.errors(include_url=False, include_context=False)
-    lines = []
-    for details in found[:8]:
-        place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in details["loc"])[1:]
-        if details["type"] == "extra_forbidden":
-            known = _known(details["loc"])
-            close = difflib.get_close_matches(str(details["loc"][-1]), known, n=1)
-            hint = f"did you mean {close[0]}? " if close else ""
-            lines.append(f"{place} is not a known key; {hint}allowed here: {', '.join(known)}")
-        elif details["type"] == "missing":
-            lines.append(f"{place} is missing; add it")
-        else:
-            lines.append(f"{place} is {shown(details['input'])}: {details['msg'].rstrip('.')}")
-    return [*lines, f"and {len(found) - 8} more"] if len(found) > 8 else lines
 
 
 def _known(place: tuple[int | str, ...]) -> list[str]:
