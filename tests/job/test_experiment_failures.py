@@ -139,6 +139,19 @@ def test_a_case_that_ends_in_its_trials_is_tried_again(job: CaseJob, monkeypatch
     assert not result.note
 
 
+def test_what_came_before_the_trials_is_kept_when_interrupted_alone(
+    job: CaseJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(CaseInterrupt) as caught:
+        tried(job, Measuring(0, {"tp=2": KeyboardInterrupt()}), monkeypatch)
+    assert caught.value.measured.note == "interrupted after 0 of 2 trials"
+    assert len(caught.value.measured.rows) == 1
+    result, said = tried(job, Measuring(0, {None: KILLED}), monkeypatch)
+    assert (result.rows, result.note) == ((), "")
+    assert result.reason.startswith("rank 1 was killed")
+    assert "failed" in said[0]
+
+
 def test_an_interrupt_before_any_trial_stays_one(job: CaseJob, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(KeyboardInterrupt) as caught:
         tried(job, Processes({"tp=2": KeyboardInterrupt()}), monkeypatch)

@@ -45,10 +45,10 @@ class LeftOutError(Exception):
 
 
 class CaseInterrupt(KeyboardInterrupt):
-    """The user, or the machine, wants an end in the middle of a case that has had trials.
+    """The user, or the machine, wants an end in the middle of a case that has measured something.
 
     Args:
-        measured: What they have given.
+        measured: What there is.
     """
 
     def __init__(self, measured: CaseResult) -> None:
@@ -132,7 +132,7 @@ def note_reason(folder: str, error: BaseException) -> None:
 
 
 def keep_measured(job: CaseJob, found: CaseResult) -> None:
-    """Leaves what the trials have given so far for the parent, in case the processes don't come to their end."""
+    """Leaves what is measured so far for the parent, in case the processes don't come to their end."""
     kept = Results(command="", experiment="", title="", trials=job.trials, cases=(found,))
     save_results(kept, Path(job.folder) / _MEASURED)
 
@@ -145,7 +145,7 @@ def _measured(folder: str) -> CaseResult | None:
 
 def _rounds(measured: CaseResult) -> int:
     """Trials of each configuration; rounds are kept whole."""
-    return max(len(row.seconds) for row in measured.rows)
+    return max((len(row.seconds) for row in measured.rows), default=0)
 
 
 def run_case(job: CaseJob, entry: Callable[[CaseJob], CaseResult | None], say: Callable[[str], None]) -> CaseResult:
@@ -164,7 +164,7 @@ def run_case(job: CaseJob, entry: Callable[[CaseJob], CaseResult | None], say: C
         failed before with no configuration to blame.
 
     Raises:
-        CaseInterrupt: If it was interrupted after a round of trials.
+        CaseInterrupt: If it was interrupted when there was something to keep: its configurations were built.
     """
     while True:
         with tempfile.TemporaryDirectory(prefix="lp-plugin-bench-") as folder:
@@ -183,9 +183,10 @@ def run_case(job: CaseJob, entry: Callable[[CaseJob], CaseResult | None], say: C
                 raise CaseInterrupt(dataclasses.replace(measured, note=note)) from None
         blamed = doing.configuration
         no_other_try = blamed is None or blamed in job.excluded or len(job.excluded) == _MOST_RESTARTS
-        if measured is not None and (no_other_try or _rounds(measured) == job.trials):
-            say(f"case {job.case.name} ended after {_rounds(measured)} trials, which are kept: {reason}")
-            note = f"ended after {_rounds(measured)} trials, of what comes later nothing is kept: {reason}"
+        rounds = 0 if measured is None else _rounds(measured)
+        if measured is not None and (rounds == job.trials or (rounds and no_other_try)):
+            say(f"case {job.case.name} ended after {rounds} trials, which are kept: {reason}")
+            note = f"ended after {rounds} trials, of what comes later nothing is kept: {reason}"
             return dataclasses.replace(measured, note=note)
         if blamed is None or no_other_try:
             say(f"case {job.case.name} failed: {reason}")

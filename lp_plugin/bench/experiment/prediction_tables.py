@@ -18,6 +18,7 @@ def prediction_table(case: CaseResult) -> Figures | None:
     """A row per configuration and source: predicted beside measured, total and per stage; None without predictions."""
     rows = []
     for row in case.rows:
+        measured = row.median_seconds if row.seconds else None
         for prediction in () if is_control(case, row) else row.predictions:
             stages = [change_text(error) for error in stage_errors(row, prediction)]
             more = ", ..." if len(stages) > _MOST_STAGES else ""
@@ -26,7 +27,7 @@ def prediction_table(case: CaseResult) -> Figures | None:
                     row.name,
                     prediction.source,
                     seconds_text(prediction.seconds),
-                    seconds_text(row.median_seconds) if row.seconds else "left out",
+                    "left out" if row.reason and not row.seconds else seconds_text(measured),
                     change_text(prediction_error(row, prediction)) if row.seconds else "",
                     ", ".join(stages[:_MOST_STAGES]) + more,
                 )

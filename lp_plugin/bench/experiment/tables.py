@@ -15,6 +15,7 @@ from lp_plugin.bench.experiment.document import Figures
 from lp_plugin.bench.experiment.results import CaseResult, Row
 from lp_plugin.bench.experiment.statistics import Ratio, ratio_of_rates, spread
 from lp_plugin.bench.experiment.wording import (
+    NOT_MEASURED,
     boundaries_text,
     change_text,
     in_one_line,
@@ -71,7 +72,8 @@ def performance_table(case: CaseResult) -> Figures:
 def _performance_row(case: CaseResult, row: Row) -> tuple[str, ...]:
     figures = row_figures(case, row)
     if figures.rate is None:
-        return (row.name, row.execution, "left out", *[""] * 7, in_one_line(row.reason))
+        rate = "left out" if row.reason else NOT_MEASURED
+        return (row.name, row.execution, rate, *[""] * 7, in_one_line(row.reason))
     return (
         row.name,
         row.execution,

@@ -72,6 +72,8 @@ def _run(job: CaseJob) -> CaseResult | None:
 
     is_first = dist.get_rank() == 0
     if job.has_trials:
+        if is_first:
+            keep_measured(job, found())  # layers, predictions, memory
         for turn in _turns(job, entries, steps):
             turns.append(turn)
             whole_round = len({len(entry.trials) for entry, _ in running(entries)}) == 1
