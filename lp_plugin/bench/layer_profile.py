@@ -21,7 +21,7 @@ from lp_plugin.generate.static_layers import last_logits, on_static_caches, repl
 from lp_plugin.hardware import Cluster
 from lp_plugin.integrations.deepspeed.alone.layer_times import time_model_layers
 from lp_plugin.measure.device import detect_device
-from lp_plugin.measure.turns import NOISE, UNSTEADY, format_difference
+from lp_plugin.measure.turns import NOISE, UNSTEADY, WHY_UNSTEADY, format_difference
 from lp_plugin.measured import LayerTimes
 from lp_plugin.model import ModelProfile
 from lp_plugin.model.architecture import read_config
@@ -163,10 +163,7 @@ class _Asked:
         if 0.0 in (*times.seconds, *times.resident_seconds, times.pass_seconds):
             lines.append(f"{NOISE}: stages with and without it took the same time, to within what repeats differ by")
         if times.spread > UNSTEADY:
-            lines.append(
-                f"warning: repeats differ by up to {times.spread:.0%}. The machine is busy; measure again when nothing "
-                "else runs."
-            )
+            lines.append(f"warning: repeats differ by up to {times.spread:.0%}. {WHY_UNSTEADY}")
         if times.launch_seconds:
             lines.append(f"launching a block kernel by kernel takes the host {format_seconds(times.launch_seconds)}")
         if stages is not None:

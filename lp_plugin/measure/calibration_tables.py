@@ -14,7 +14,7 @@ from rich.text import Text
 from lp_plugin.hardware import Cluster
 from lp_plugin.measure.bandwidth import CopyRate
 from lp_plugin.measure.calibration import Calibration
-from lp_plugin.measure.turns import UNSTEADY, format_difference
+from lp_plugin.measure.turns import UNSTEADY, WHY_UNSTEADY, format_difference
 from lp_plugin.measured import Links
 from lp_plugin.picture import save_figure
 from lp_plugin.quantity import format_bytes, format_seconds
@@ -156,7 +156,7 @@ def _unsteady(spreads: Mapping[str, float]) -> list[str]:
     worst = max(found, key=spreads.__getitem__)
     return [
         f"warning: repeats differ by more than {UNSTEADY:.0%} for {len(found)} of {len(spreads)} figures, most for "
-        f"{worst}: {spreads[worst]:.0%}. The machine is busy; measure again when nothing else runs."
+        f"{worst}: {spreads[worst]:.0%}. {WHY_UNSTEADY}"
     ]
 
 

@@ -14,12 +14,24 @@ import torch
 from lp_plugin.measure.layers import synchronize
 from lp_plugin.quantity import format_seconds
 
-__all__ = ["NOISE", "UNSTEADY", "Repeated", "Runner", "format_difference", "median_of", "recorded", "seconds_in_turns"]
+__all__ = [
+    "NOISE",
+    "UNSTEADY",
+    "WHY_UNSTEADY",
+    "Repeated",
+    "Runner",
+    "format_difference",
+    "median_of",
+    "recorded",
+    "seconds_in_turns",
+]
 
 NOISE = "< noise"
 """In place of a difference that is none."""
 UNSTEADY = 0.2
-"""Spread from which on other programs must have used the device, too."""
+"""Spread from which on figures are doubted."""
+WHY_UNSTEADY = "Other programs use the device, or its clocks change with its temperature and power; measure again."
+"""Said of them."""
 _TURNS = 7
 _SPAN_SECONDS = {"cuda": 20e-3, "cpu": 10e-3}
 """A span between two looks at the clock takes at least this long, by type of device."""
