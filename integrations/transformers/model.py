@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import gc
 import sys
 from collections.abc import Callable, Iterable, Sequence, Sized
 from pathlib import Path
@@ -28,6 +27,7 @@ from lp_plugin.integrations.transformers.runnable import ENCODERS
 from lp_plugin.integrations.transformers.save import save_model
 from lp_plugin.job.documents import Document, TokenizedDocuments, load_tokenizer, tokenize
 from lp_plugin.job.ranks import gather
+from lp_plugin.measure.layers import give_back_memory
 from lp_plugin.plan import Plan
 from lp_plugin.score.batches import make_steps
 from lp_plugin.score.likelihood import log_likelihoods
@@ -182,9 +182,7 @@ class PipelinedModel:
     def _forget(self) -> None:
         self._closed = True
         self._engine = self._module = self._runner = None  # type: ignore[assignment]
-        gc.collect()  # DeepSpeed's engine refers to itself
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        give_back_memory()  # DeepSpeed's engine refers to itself
 
     def _check_open(self) -> None:
         if self._closed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
 from collections.abc import Callable, Hashable, Sequence
@@ -12,7 +13,7 @@ import torch
 
 from lp_plugin.errors import LpPluginError
 
-__all__ = ["LayerFailedError", "LayerSeconds", "synchronize", "time_layers"]
+__all__ = ["LayerFailedError", "LayerSeconds", "give_back_memory", "synchronize", "time_layers"]
 
 WARM_UP = 2
 REPEATS = 5
@@ -86,6 +87,13 @@ def time_layers(
             result[position] = timed[key]
         value = outputs[key]
     return result
+
+
+def give_back_memory() -> None:
+    """Frees what is not used any more, also by objects that refer to each other, for others on this process's GPU."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def synchronize(device: torch.device | None = None) -> None:

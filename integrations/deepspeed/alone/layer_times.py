@@ -9,7 +9,6 @@ stage without layers is taken off. All the stages that are compared take turns, 
 
 from __future__ import annotations
 
-import gc
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from lp_plugin.errors import RuntimeEnvironmentError
 from lp_plugin.integrations.deepspeed.alone.passes import Execution, Passes, Shape, make_passes
 from lp_plugin.integrations.deepspeed.alone.stages import read_mapping, stage_of_copies, stored_bytes
 from lp_plugin.integrations.transformers.decoder import DecoderStage
+from lp_plugin.measure.layers import give_back_memory
 from lp_plugin.measure.turns import seconds_in_turns
 from lp_plugin.measured import LayerTimes
 from lp_plugin.model import LayerCost, ModelProfile
@@ -135,8 +135,7 @@ class _Bench:
                 if self.execution == "compiled":
                     torch.compiler.reset()
                 if self.device.type == "cuda":
-                    gc.collect()
-                    torch.cuda.empty_cache()
+                    give_back_memory()
         layers = [timed[kind] for kind in self.kinds]
         return LayerTimes(
             tensor_parallel=self.profile.tensor_parallel,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -11,6 +10,7 @@ import torch
 from lp_plugin.bench.experiment.job import LeftOutError, in_a_line
 from lp_plugin.errors import LpPluginError
 from lp_plugin.job.ranks import gather
+from lp_plugin.measure.layers import give_back_memory
 from lp_plugin.quantity import format_bytes
 
 __all__ = ["together"]
@@ -49,9 +49,7 @@ def together(action: Callable[[], Value], *, waits: bool = False) -> Value:
     reasons = gather(reason)
     if any(reasons):
         found.clear()
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        give_back_memory()
         raise LeftOutError(max(reasons, key=lambda each: (each.startswith(_WANT_OF_MEMORY), len(each))))
     return found[0]
 

@@ -17,6 +17,7 @@ from types import FrameType
 import torch
 from rich.console import Console
 
+from lp_plugin.bench.experiment.derived import why_nothing_ran
 from lp_plugin.bench.experiment.job import CaseInterrupt, CaseJob, empty_result, run_case, write_model
 from lp_plugin.bench.experiment.output import RESULTS, keep, made_folder, report
 from lp_plugin.bench.experiment.results import CaseResult, Results
@@ -67,7 +68,7 @@ def run_experiment(console: Console, experiment: Experiment, *, folder: Path | N
         results = dataclasses.replace(results, simulated=simulate_scale_out(experiment, results.cases))
         keep(results, folder)
     report(console, results, folder, tables)
-    reasons = [_nothing_ran(case) for case in results.cases]
+    reasons = [why_nothing_ran(case) for case in results.cases]
     if all(reasons):
         raise RuntimeEnvironmentError(f"nothing ran; the first reason: {reasons[0]}.")
 
@@ -118,13 +119,6 @@ def _interrupted_by_signals() -> Iterator[Callable[[], None]]:
     finally:
         for number in heeded:
             signal.signal(number, signal.SIG_DFL)
-
-
-def _nothing_ran(case: CaseResult) -> str:
-    """Why not; empty if something did."""
-    if case.reason or not case.rows:
-        return case.reason
-    return "" if any(not row.reason for row in case.rows) else case.rows[0].reason
 
 
 def _run(

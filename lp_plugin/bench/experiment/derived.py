@@ -39,6 +39,7 @@ __all__ = [
     "same_memory",
     "several_rows",
     "stage_errors",
+    "why_nothing_ran",
 ]
 
 
@@ -305,6 +306,13 @@ def layer_rest_bytes(case: CaseResult, times: LayerTimes, layer: LayerCost) -> f
 def _sources(rows: Iterable[Row]) -> list[str]:
     """Of predictions, in order of appearance, each once."""
     return list(dict.fromkeys(prediction.source for row in rows for prediction in row.predictions))
+
+
+def why_nothing_ran(case: CaseResult) -> str:
+    """The first reason; empty if something ran, or nothing was to run."""
+    if case.reason or not case.rows:
+        return case.reason
+    return "" if any(not row.reason for row in case.rows) else case.rows[0].reason
 
 
 def rows_that_ran(case: CaseResult) -> list[Row]:

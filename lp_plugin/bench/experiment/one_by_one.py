@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import gc
 import statistics
 from collections.abc import Sequence
 from itertools import pairwise
@@ -16,6 +15,7 @@ from lp_plugin.bench.experiment.job import CaseJob, LeftOutError
 from lp_plugin.bench.experiment.progress import Steps
 from lp_plugin.integrations.deepspeed.alone.passes import LoneStage, Shape
 from lp_plugin.integrations.deepspeed.alone.stages import read_mapping, stage_of_copies
+from lp_plugin.measure.layers import give_back_memory
 from lp_plugin.quantity import format_seconds
 
 __all__ = ["time_stages"]
@@ -69,9 +69,7 @@ def _times(
         steps.begin(what, entry.name)
         seconds.append(stage.seconds())
     del stage
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    give_back_memory()
     return seconds[1:]
 
 

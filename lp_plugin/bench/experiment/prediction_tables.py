@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from lp_plugin.bench.experiment.derived import error_summary, is_control, prediction_error, regrets, stage_errors
 from lp_plugin.bench.experiment.document import Figures
 from lp_plugin.bench.experiment.results import CaseResult
-from lp_plugin.bench.experiment.wording import boundaries_text, change_text, seconds_text, share_text
+from lp_plugin.bench.experiment.wording import boundaries_text, change_text, missing_text, seconds_text, share_text
 
 __all__ = ["cut_table", "error_table", "prediction_table"]
 
@@ -18,7 +18,6 @@ def prediction_table(case: CaseResult) -> Figures | None:
     """A row per configuration and source: predicted beside measured, total and per stage; None without predictions."""
     rows = []
     for row in case.rows:
-        measured = row.median_seconds if row.seconds else None
         for prediction in () if is_control(case, row) else row.predictions:
             stages = [change_text(error) for error in stage_errors(row, prediction)]
             more = ", ..." if len(stages) > _MOST_STAGES else ""
@@ -27,7 +26,7 @@ def prediction_table(case: CaseResult) -> Figures | None:
                     row.name,
                     prediction.source,
                     seconds_text(prediction.seconds),
-                    "left out" if row.reason and not row.seconds else seconds_text(measured),
+                    seconds_text(row.median_seconds) if row.seconds else missing_text(row.reason),
                     change_text(prediction_error(row, prediction)) if row.seconds else "",
                     ", ".join(stages[:_MOST_STAGES]) + more,
                 )

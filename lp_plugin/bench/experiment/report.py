@@ -16,6 +16,7 @@ from lp_plugin.bench.experiment.derived import (
     proposed_row,
     row_figures,
     rows_that_ran,
+    why_nothing_ran,
 )
 from lp_plugin.bench.experiment.device_tables import (
     footprint_table,
@@ -170,7 +171,7 @@ def _finding(case: CaseResult) -> str:
     ran = rows_that_ran(case)
     note = in_one_line(case.note)
     if not ran:
-        if case.reason or (case.rows and all(row.reason for row in case.rows)):
+        if why_nothing_ran(case):
             return f"{case.name}: nothing ran. {in_one_line(case.reason)}".strip()
         return f"{case.name}: {note}." if note else ""  # no table that was asked for needs trials
     best = min(ran, key=lambda row: row.median_seconds)

@@ -15,10 +15,10 @@ from lp_plugin.bench.experiment.document import Figures
 from lp_plugin.bench.experiment.results import CaseResult, Row
 from lp_plugin.bench.experiment.statistics import Ratio, ratio_of_rates, spread
 from lp_plugin.bench.experiment.wording import (
-    NOT_MEASURED,
     boundaries_text,
     change_text,
     in_one_line,
+    missing_text,
     ratio_text,
     seconds_text,
     share_text,
@@ -47,12 +47,12 @@ def case_line(case: CaseResult) -> str:
         work = f"{case.batch:,} x {case.sequence:,} tokens of prompts, {case.new_tokens:,} new tokens each, "
         work += f"{case.micro_batch:,} rows at a time" if case.micro_batch else "a slot for each stage"
     where = f"{case.processes} {'process' if case.processes == 1 else 'processes'}"
-    if case.environment is not None and case.environment.backend == "nccl":
-        ran = len(case.environment.devices)
-        where = where if ran == case.processes else f"{ran} of {case.processes} processes"
     if case.environment is not None:
-        devices = ", ".join(dict.fromkeys(case.environment.devices))
-        where += f" over {case.environment.backend} on {devices}" if devices else ""
+        found, backend = case.environment.devices, case.environment.backend
+        if backend == "nccl" and len(found) < case.processes:
+            where = f"{len(found)} of {where}"
+        devices = ", ".join(dict.fromkeys(found))
+        where += f" over {backend} on {devices}" if devices else ""
     kind = model.get("model_type", "model")
     return f"{kind} ({', '.join(sizes)}) in {case.dtype}, {case.phase}: {work}; {where}."
 
@@ -72,8 +72,7 @@ def performance_table(case: CaseResult) -> Figures:
 def _performance_row(case: CaseResult, row: Row) -> tuple[str, ...]:
     figures = row_figures(case, row)
     if figures.rate is None:
-        rate = "left out" if row.reason else NOT_MEASURED
-        return (row.name, row.execution, rate, *[""] * 7, in_one_line(row.reason))
+        return (row.name, row.execution, missing_text(row.reason), *[""] * 7, in_one_line(row.reason))
     return (
         row.name,
         row.execution,

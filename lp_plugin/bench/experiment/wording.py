@@ -14,6 +14,7 @@ __all__ = [
     "change_text",
     "file_names",
     "in_one_line",
+    "missing_text",
     "ratio_text",
     "seconds_text",
     "share_text",
@@ -65,6 +66,11 @@ def boundaries_text(boundaries: Sequence[int]) -> str:
     """All of them, or the first of very many."""
     shown = ", ".join(map(str, boundaries[:_MOST_BOUNDARIES]))
     return shown if len(boundaries) <= _MOST_BOUNDARIES else f"{shown}, ... ({len(boundaries) - 1} stages)"
+
+
+def missing_text(reason: str) -> str:
+    """In place of the figure of something that was left out for a reason, or did not come to be measured."""
+    return "left out" if reason else NOT_MEASURED
 
 
 def in_one_line(text: str) -> str:

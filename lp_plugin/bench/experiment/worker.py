@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import gc
 import os
 from collections.abc import Iterator
 from typing import Literal
@@ -30,6 +29,7 @@ from lp_plugin.hardware import Cluster
 from lp_plugin.integrations.deepspeed.alone.layer_times import time_model_layers
 from lp_plugin.job.ranks import agree, gather, run_rank
 from lp_plugin.measure.device import detect_device, device_name
+from lp_plugin.measure.layers import give_back_memory
 from lp_plugin.measure.links import time_links
 from lp_plugin.measured import LayerTimes, Links
 
@@ -105,9 +105,7 @@ def _measure(job: CaseJob, steps: Steps) -> Measured:
             continue
         times.append(agree(found))
         steps.say(what)
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()  # copies of layers, and graphs over them
+    give_back_memory()  # of copies of layers, and graphs over them
     calibrated = None if job.calibration is None else Cluster.from_toml(job.calibration)
     return Measured(
         cluster=cluster,
