@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-from lp_plugin.measure.turns import Runner, recorded, seconds_in_turns
+from lp_plugin.measure.graphs import recorded
+from lp_plugin.measure.turns import Runner, seconds_in_turns
 from lp_plugin.quantity import parse_bytes
 
 __all__ = ["Cache", "CopyRate", "Knee", "copy_rates", "find_caches", "find_knee"]

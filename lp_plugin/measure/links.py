@@ -9,8 +9,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import distributed
 
+from lp_plugin.measure.graphs import recorded
 from lp_plugin.measure.layers import synchronize
-from lp_plugin.measure.turns import Repeated, median_of, recorded
+from lp_plugin.measure.turns import Repeated, median_of
 from lp_plugin.measured import Links
 
 __all__ = ["time_links"]

@@ -22,7 +22,6 @@ __all__ = [
     "Runner",
     "format_difference",
     "median_of",
-    "recorded",
     "seconds_in_turns",
 ]
 
@@ -62,14 +61,6 @@ class Runner:
     """Calls between two preparations; None for any number."""
     prepare: Callable[[], Any] | None = None
     """Called before each span, off the clock."""
-
-
-def recorded(work: Callable[[], Any]) -> torch.cuda.CUDAGraph:
-    """A CUDA graph of work that has run before, and asks the device for nothing."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL's own thread goes on
-        work()
-    return graph
 
 
 def seconds_in_turns(

@@ -13,13 +13,14 @@ from typing import Any, Literal
 import torch
 from transformers import GenerationConfig, LogitsProcessorList
 
-from lp_plugin.integrations.deepspeed.forward.capture import LonePasses, captured, check_capturable
+from lp_plugin.integrations.deepspeed.forward.lone_passes import LonePasses, check_capturable
 from lp_plugin.integrations.deepspeed.forward.stage_work import StageWork
 from lp_plugin.integrations.deepspeed.generation.choosing import Chooser
 from lp_plugin.integrations.deepspeed.generation.lean import LeanPass
 from lp_plugin.integrations.deepspeed.generation.sampling import Sampling
 from lp_plugin.integrations.deepspeed.generation.slot_state import SlotState
 from lp_plugin.integrations.transformers.decoder import DecoderStage
+from lp_plugin.measure.graphs import recorded, spread_over_streams
 from lp_plugin.measure.layers import synchronize
 from lp_plugin.measure.turns import Runner
 
@@ -117,6 +118,7 @@ class LoneStage:
     def __init__(self, stage: DecoderStage, shape: Shape, execution: Execution, device: torch.device) -> None:
         if execution != "eager":
             check_capturable(stage)
+        spread_over_streams(device)
         self._work = work = _work(stage, shape, device, compiled=execution == "compiled")
         with work.passing():
             self._lone = LonePasses(
@@ -149,7 +151,7 @@ class _Sequences(Passes):
         runner = self.launched()
         if not self._replays:
             return runner
-        self._graph = captured(self._round, self._device, warm_up=self._round, pool=None)
+        self._graph = recorded(self._round, warm_up=self._round)
         return dataclasses.replace(runner, run=self._replay)
 
     def _replay(self) -> None:
@@ -184,10 +186,9 @@ class _Steps(Passes):
 
     def ready(self) -> Runner:
         if self._replays:
-            stream = torch.cuda.Stream(self._device)
             with torch.no_grad():
                 for slot in self._slots:
-                    slot.capture(self._slots[0].pool, stream)
+                    slot.capture(self._slots[0].pool)
         return self.launched()
 
     def _round(self) -> None:

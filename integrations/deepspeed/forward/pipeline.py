@@ -15,11 +15,12 @@ from torch import distributed
 from lp_plugin.errors import RuntimeEnvironmentError, WorkloadError
 from lp_plugin.integrations.deepspeed.engine import stage_group
 from lp_plugin.integrations.deepspeed.forward import schedule
-from lp_plugin.integrations.deepspeed.forward.capture import LonePasses, captured, check_capturable
 from lp_plugin.integrations.deepspeed.forward.hops import NUM_BUFFERS, Hops
+from lp_plugin.integrations.deepspeed.forward.lone_passes import LonePasses, check_capturable
 from lp_plugin.integrations.deepspeed.forward.stage_work import StageWork
 from lp_plugin.integrations.deepspeed.generation.ring import Ring, find_widths
 from lp_plugin.integrations.deepspeed.instructions import instructions
+from lp_plugin.measure.graphs import recorded
 from lp_plugin.measure.layers import synchronize
 from lp_plugin.schedule import received_beside
 
@@ -140,18 +141,21 @@ class ForwardPipeline:
             self._launch(labelled, self._num_micro_batches)
         return self._work.results(labelled=labelled)
 
-    def alone_seconds(self) -> float:
+    def alone_seconds(self, span_seconds: float | None = None) -> float:
         """Seconds of this rank's own pass over one micro-batch, as it is executed, without neighbours.
 
-        The mean over 0.3 s (CPU 0.1 s) of passes; the first call warms up before. Collective over the ranks that share
-        the stage's layers. Stages that share a CPU should take turns.
+        The first call warms up before. Collective over the ranks that share the stage's layers. Stages that share a CPU
+        should take turns.
+
+        Args:
+            span_seconds: What the passes take together of which it is the mean, about; left out, 0.3 s (CPU 0.1 s).
         """
         with self._work.passing():
             if self._lone is None:
                 self._lone = self._lone_passes(replayed=self.execution != "eager")
                 if self._device.type == "cuda":
                     self._lone.seconds(_WARM_UP_SECONDS)
-            return self._lone.seconds()
+            return self._lone.seconds(span_seconds)
 
     def release(self) -> None:
         """Waits for the device and gives back the memory of graphs, inputs and results; nothing runs afterwards.
@@ -220,9 +224,8 @@ class ForwardPipeline:
         """One graph for all parts of the same length."""
         for count in dict.fromkeys(self._parts):
             with self._work.passing():
-                self._graphs[labelled, count] = captured(
+                self._graphs[labelled, count] = recorded(
                     functools.partial(self._launch, labelled, count),
-                    self._device,
                     warm_up=lambda: self._forward(0, labelled=labelled),
                     pool=self._pool(),
                 )

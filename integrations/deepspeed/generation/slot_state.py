@@ -9,11 +9,9 @@ import torch
 
 from lp_plugin.integrations.deepspeed.generation.choosing import Chooser
 from lp_plugin.integrations.deepspeed.generation.lean import LeanPass, lean_cache
+from lp_plugin.measure.graphs import recorded
 
 __all__ = ["SlotState"]
-
-_WARM_UP_PASSES = 2
-"""Before a capture, so that libraries have made their plans and the cache its tensors."""
 
 
 class SlotState:
@@ -117,30 +115,25 @@ class SlotState:
         """The memory pool of the captured graph."""
         return None if self._graph is None else self._graph.pool()
 
-    def capture(self, pool: Any, stream: torch.cuda.Stream) -> None:
+    def capture(self, pool: Any) -> None:
         """Records the decode pass as a CUDA graph; what the slot held is lost.
 
         Args:
             pool: Memory pool that the graphs of all slots share, since they never run at the same time; None for the
                 first.
-            stream: To warm up and capture on; one for all slots, since libraries keep a workspace for each stream.
         """
         self._mask[:, 0] = 1
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(_WARM_UP_PASSES):
-                self._cache.reset()
-                self._column.zero_()
-                self._decode()
-        torch.cuda.current_stream().wait_stream(stream)
+        self._empty()
+        self._graph = recorded(self._decode, warm_up=self._decode_and_empty, pool=pool)
+
+    def _empty(self) -> None:
         self._cache.reset()
         self._column.zero_()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(
-            graph, pool=pool, stream=stream, capture_error_mode="thread_local"
-        ):  # NCCL's own thread goes on
-            self._decode()
-        self._graph = graph
+
+    def _decode_and_empty(self) -> None:
+        """A warm-up: the first time the cache gets its tensors."""
+        self._decode()
+        self._empty()
 
     def _decode(self) -> None:
         """Reads and writes the slot's own tensors alone, and never asks the device for a value."""

@@ -66,7 +66,6 @@ class Station:
         self.letters: list[Letter] = []
         self._kind: tuple[Any, ...] = ()
         self._lean = LeanPass(self.stage.model)
-        self._stream: torch.cuda.Stream | None = None
 
     def prepare(self, sampling: Sampling, *, rows: int, length: int, num_slots: int, compiled: bool) -> None:
         """Makes the slots of a call, unless those of the calls before fit.
@@ -110,6 +109,5 @@ class Station:
             dtype=self.dtype,
         )
         if captured:
-            self._stream = self._stream or torch.cuda.Stream()
-            slot.capture(self.slots[0].pool if self.slots else None, self._stream)
+            slot.capture(self.slots[0].pool if self.slots else None)
         return slot

@@ -102,8 +102,13 @@ class Contender(ABC):
     def outputs(self) -> Outputs | None:
         """What the last batch made of the first micro-batch; on a rank that has it, None elsewhere."""
 
-    def alone_seconds(self) -> float:
-        """This rank's pass over one micro-batch by itself, in the chosen execution; 0 if it is not measured."""
+    def alone_seconds(self, span_seconds: float) -> float:
+        """This rank's pass over one micro-batch by itself, in the chosen execution; 0 if it is not measured.
+
+        Args:
+            span_seconds: What the passes take together of which it is the mean, about.
+        """
+        del span_seconds
         return 0.0
 
     @abstractmethod

@@ -13,7 +13,7 @@ from lp_plugin.bench.experiment.engines import Built
 from lp_plugin.bench.experiment.settings import Case, Configuration
 from lp_plugin.integrations.deepspeed import forward
 from lp_plugin.integrations.deepspeed.engine import ready_for_batch, stage_group
-from lp_plugin.integrations.deepspeed.forward.capture import LonePasses
+from lp_plugin.integrations.deepspeed.forward.lone_passes import LonePasses
 from lp_plugin.integrations.deepspeed.forward.whole_rows import whole_rows
 
 __all__ = ["Prefill", "StockPrefill"]
@@ -58,9 +58,9 @@ class Prefill(Contender):
         """See `Contender.outputs`."""
         return None if self._last is None or self.replica else np.array(self._last[0].float().cpu())
 
-    def alone_seconds(self) -> float:
+    def alone_seconds(self, span_seconds: float) -> float:
         """See `Contender.alone_seconds`."""
-        return self._pipelines[0].alone_seconds()
+        return self._pipelines[0].alone_seconds(span_seconds)
 
     def release(self) -> None:
         """See `Contender.release`."""
@@ -102,14 +102,14 @@ class StockPrefill(Contender):
         """See `Contender.outputs`."""
         return None if self._last is None or self.replica else np.array(self._last.float().cpu())
 
-    def alone_seconds(self) -> float:
+    def alone_seconds(self, span_seconds: float) -> float:
         """See `Contender.alone_seconds`."""
         with whole_rows():
             if self._lone is None:
                 stage, inputs = self._whole_stage(), self._stage_input()
                 group = stage_group(self.engine.grid)
                 self._lone = LonePasses(lambda: stage(inputs), self.device, pool=None, replayed=False, group=group)
-            return self._lone.seconds()
+            return self._lone.seconds(span_seconds)
 
     def release(self) -> None:
         """See `Contender.release`."""

@@ -21,6 +21,9 @@ _WARM_UP_SECONDS = {True: 2.0, False: 0.5}
 _TURN_SECONDS = {True: 0.3, False: 0.1}
 """A turn of short batches takes the median of as many as fit into this."""
 _MOST_PASSES = 51
+_MOST_ALONE_SECONDS = {True: 3.0, False: 0.1}
+"""A stage alone runs for as long as a trial, but no longer than this: at its power limit a GPU is several percent faster
+for the first tenths of a second, so that the limit that follows would be none."""
 _TOLERANCE = {"float32": 1e-4, "float16": 0.03, "bfloat16": 0.1}
 """Norm of the difference over the norm, after tens of layers whose sums are rounded in another order."""
 _EQUAL_TOKENS = {"float32": 1.0, "float16": 0.5, "bfloat16": 0.5}
@@ -54,16 +57,23 @@ def take_turn(contender: Contender, passes: int) -> Trial:
     )
 
 
-def time_alone(contender: Contender) -> tuple[float, ...]:
+def time_alone(contender: Contender, trial_seconds: float) -> tuple[float, ...]:
     """Seconds of each stage over one micro-batch by itself, the slowest of its ranks; collective over all ranks.
 
-    Right after a turn, so that the devices are as warm as in it. Stages that share a CPU go one after the other. Empty
-    if that is not measured.
+    Right after a turn, so that the devices are as warm as in it. Stages that share a CPU go one after the other.
+
+    Args:
+        contender: Whose stages.
+        trial_seconds: Of one of its trials; the same on every rank.
+
+    Returns:
+        One per stage; empty if that is not measured.
     """
-    mine = 0.0
+    mine, on_gpu = 0.0, torch.cuda.is_available()
+    span_seconds = min(max(trial_seconds, _TURN_SECONDS[on_gpu]), _MOST_ALONE_SECONDS[on_gpu])
     for stage in range(contender.configuration.strategy.pipeline_parallel):
-        if contender.takes_part and (torch.cuda.is_available() or stage == contender.stage) and not mine:
-            mine = contender.alone_seconds()
+        if contender.takes_part and (on_gpu or stage == contender.stage) and not mine:
+            mine = contender.alone_seconds(span_seconds)
         dist.barrier()
     slowest: dict[int, float] = {}
     for stage, seconds in gather((contender.stage, mine)):

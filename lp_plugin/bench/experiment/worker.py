@@ -237,13 +237,14 @@ def _turns(job: CaseJob, entries: list[Entry], steps: Steps) -> Iterator[str]:
         steps.begin(f"warming up {entry.name}", entry.configuration.name)
         trial = warm_up(contender)
         passes.append(passes_per_turn(trial))
-        time_alone(contender)
+        time_alone(contender, trial.seconds)
         steps.say(f"{entry.name} is warm, {_rate(job, trial)}")
     for position in turn_order(len(there), job.trials):
         entry, contender = there[position]
         steps.begin(f"running {entry.name}", entry.configuration.name)
         entry.trials.append(take_turn(contender, passes[position]))
-        entry.alone.append(time_alone(contender))
+        if not entry.is_control:
+            entry.alone.append(time_alone(contender, entry.trials[-1].seconds))
         steps.say(f"turn {len(entry.trials)} of {job.trials}: {entry.name}, {_rate(job, entry.trials[-1])}")
         yield entry.name
 

@@ -1,8 +1,7 @@
-"""CUDA graphs of a rank's passes, and how long passes take."""
+"""A rank's own passes, to be timed, and whether they can be CUDA graphs."""
 
 from __future__ import annotations
 
-import functools
 import math
 import time
 from collections.abc import Callable
@@ -12,24 +11,18 @@ import torch
 
 from lp_plugin.errors import UnsupportedModelError
 from lp_plugin.integrations.deepspeed.engine import slowest
+from lp_plugin.measure.graphs import recorded
 from lp_plugin.measure.layers import synchronize
 
-__all__ = ["LonePasses", "captured", "check_capturable"]
+__all__ = ["LonePasses", "check_capturable"]
 
 _ALONE_SECONDS = {"cuda": 0.3, "cpu": 0.1}
 """Over which passes are timed, by type of device: a GPU at its power limit takes a fifth more or less from one
 pass of 50 ms to the next."""
 
 _WARM_UP_PASSES = 2
-"""Before a capture, so that libraries have made their plans."""
 _PASSES, _GRAPH_SECONDS = 8, 30e-3
 """Passes of a graph that is timed: so many, or as many as take so long."""
-
-
-@functools.cache
-def _capture_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all captures of a process: libraries keep a workspace for each stream."""
-    return torch.cuda.Stream(device)
 
 
 def check_capturable(stage: Any) -> None:
@@ -46,37 +39,13 @@ def check_capturable(stage: Any) -> None:
         )
 
 
-def captured(
-    work: Callable[[], None], device: torch.device, *, warm_up: Callable[[], None], pool: Any
-) -> torch.cuda.CUDAGraph:
-    """Records work as a CUDA graph.
-
-    Args:
-        work: Launches everything; asks the device for nothing. May send and receive, if that has happened before
-            outside of a graph.
-        device: Where it runs.
-        warm_up: Runs a few times before: a part of the work that needs no other rank.
-        pool: Memory pool of another graph that is still there and never runs at the same time; None for a new one.
-    """
-    stream = _capture_stream(device)
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(_WARM_UP_PASSES):
-            warm_up()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):  # NCCL's thread goes on
-        work()
-    return graph
-
-
 class LonePasses:
     """A rank's own passes over one micro-batch, back to back, without neighbours; to be timed again and again.
 
     Args:
         one_pass: Runs a micro-batch through a stage.
         device: Where it runs.
-        pool: As for `captured`.
+        pool: As for `recorded`.
         replayed: Whether passes are replayed from a CUDA graph, rather than launched.
         group: Ranks that share the stage's layers, or None; they all make one, and call it together.
     """
@@ -89,7 +58,7 @@ class LonePasses:
         self._seconds = self._warm_seconds()
         if replayed:
             self._passes = min(math.ceil(_GRAPH_SECONDS / self._seconds), _PASSES)
-            self._graph = captured(lambda: self._run(one_pass, self._passes), device, warm_up=one_pass, pool=pool)
+            self._graph = recorded(lambda: self._run(one_pass, self._passes), warm_up=one_pass, pool=pool)
             self._launch = self._graph.replay
             self._seconds = self._warm_seconds()
 
