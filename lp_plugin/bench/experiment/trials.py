@@ -22,8 +22,8 @@ _TURN_SECONDS = {True: 0.3, False: 0.1}
 """A turn of short batches takes the median of as many as fit into this."""
 _MOST_PASSES = 51
 _MOST_ALONE_SECONDS = {True: 3.0, False: 0.1}
-"""A stage alone runs for as long as a trial, but no longer than this: at its power limit a GPU is several percent faster
-for the first tenths of a second, so that the limit that follows would be none."""
+"""A stage alone runs for as long as a trial, but no longer than this. For the first tenths of a second a GPU at its
+power limit is several percent faster, so that a short span would give a bound that no trial can reach."""
 _TOLERANCE = {"float32": 1e-4, "float16": 0.03, "bfloat16": 0.1}
 """Norm of the difference over the norm, after tens of layers whose sums are rounded in another order."""
 _EQUAL_TOKENS = {"float32": 1.0, "float16": 0.5, "bfloat16": 0.5}
