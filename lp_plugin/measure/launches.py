@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lp_plugin.measure.graphs import recorded, spread_over_streams
+from lp_plugin.measure.graphs import recorded
 from lp_plugin.measure.turns import Runner, seconds_in_turns
 
 __all__ = ["LaunchSeconds", "launch_seconds"]
@@ -28,7 +28,6 @@ class LaunchSeconds:
 
 def launch_seconds(device: torch.device) -> LaunchSeconds:
     """Measures both."""
-    spread_over_streams(device)
     number = torch.zeros(1, device=device)
 
     def add() -> None:

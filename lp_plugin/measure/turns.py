@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from lp_plugin.measure.graphs import spread_over_streams
 from lp_plugin.measure.layers import synchronize
 from lp_plugin.quantity import format_seconds
 
@@ -68,6 +69,8 @@ def seconds_in_turns(
 ) -> tuple[Repeated, ...]:
     """Seconds of one pass of each, launched back to back, of 7 spans in turns: A B C, A B C, ...
 
+    On a GPU in the state in which jobs replay graphs.
+
     Args:
         runners: What is compared.
         device: Where it runs.
@@ -76,6 +79,7 @@ def seconds_in_turns(
     Returns:
         One per runner.
     """
+    spread_over_streams(device)
     counts = [1] * len(runners)
     for index, runner in enumerate(runners):
         for _ in range(_WARM_UP_RUNS):

@@ -21,7 +21,6 @@ from lp_plugin.errors import RuntimeEnvironmentError
 from lp_plugin.integrations.deepspeed.alone.passes import Execution, Passes, Shape, make_passes
 from lp_plugin.integrations.deepspeed.alone.stages import read_mapping, stage_of_copies, stored_bytes
 from lp_plugin.integrations.transformers.decoder import DecoderStage
-from lp_plugin.measure.graphs import spread_over_streams
 from lp_plugin.measure.layers import give_back_memory
 from lp_plugin.measure.turns import seconds_in_turns
 from lp_plugin.measured import LayerTimes
@@ -84,7 +83,6 @@ def time_model_layers(
     """
     if execution != "eager" and device.type != "cuda":
         raise RuntimeEnvironmentError(f"layers on {device.type} can't run as CUDA graphs; ask for eager execution.")
-    spread_over_streams(device)
     profile = ModelProfile.from_config(dict(config), dtype=dtype, granularity=granularity)
     bench = _Bench(
         read_mapping(config),

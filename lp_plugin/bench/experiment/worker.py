@@ -232,17 +232,20 @@ def _turns(job: CaseJob, entries: list[Entry], steps: Steps) -> Iterator[str]:
     """Trials of all, the baseline a second time as the control; yields whose turn it was."""
     entries += [again(entry) for entry, _ in running(entries) if entry.name == job.case.baseline]
     there = control_apart(running(entries), job.case.baseline)
-    passes: list[int] = []
+    passes: dict[str, int] = {}
+    """Of a configuration's turns; the control is the baseline's engine, and as warm."""
     for entry, contender in there:
+        if entry.is_control:
+            continue
         steps.begin(f"warming up {entry.name}", entry.configuration.name)
         trial = warm_up(contender)
-        passes.append(passes_per_turn(trial))
+        passes[entry.name] = passes_per_turn(trial)
         time_alone(contender, trial.seconds)
         steps.say(f"{entry.name} is warm, {_rate(job, trial)}")
     for position in turn_order(len(there), job.trials):
         entry, contender = there[position]
         steps.begin(f"running {entry.name}", entry.configuration.name)
-        entry.trials.append(take_turn(contender, passes[position]))
+        entry.trials.append(take_turn(contender, passes[entry.configuration.name]))
         if not entry.is_control:
             entry.alone.append(time_alone(contender, entry.trials[-1].seconds))
         steps.say(f"turn {len(entry.trials)} of {job.trials}: {entry.name}, {_rate(job, entry.trials[-1])}")
