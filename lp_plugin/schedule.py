@@ -20,13 +20,13 @@ __all__ = [
     "forward_timeline",
     "makespan_seconds",
     "overlapped_seconds",
-    "received_beside",
+    "received_ahead",
     "ring_seconds",
 ]
 
 
-_BESIDE_BYTES = 2**20
-"""Longest message that our forward pipeline receives beside compute on GPUs."""
+_AHEAD_BYTES = 2**20
+"""Messages on their way to a stage of our forward pipeline while it computes hold no more than this together."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,14 +79,19 @@ def overlapped_seconds(stage_seconds: Sequence[float], hop_seconds: Sequence[flo
     return makespan_seconds(_chain(stage_seconds, hop_seconds), num_micro_batches)
 
 
-def received_beside(num_bytes: float, *, on_gpu: bool) -> bool:
-    """Whether our forward pipeline receives a message while the stage computes, or between two passes.
+def received_ahead(num_bytes: float, *, on_gpu: bool) -> int:
+    """How many further messages are on their way to a stage of our forward pipeline while it computes; 0: none.
 
-    On a GPU a receiving that waits for its message keeps multiprocessors from computing, the more of them the longer
-    the message is. Between passes a long one takes a small part of the time that computing takes for as many tokens. A
-    sending that waits slows down a stage that is ahead anyway.
+    A receiving that starts well ahead waits for no pass, and short messages take little memory. On a GPU one that waits
+    for its message keeps multiprocessors from computing, the more of them the longer the message is: so long ones come
+    between two passes, and take a small part of the time that computing takes for as many tokens. On CPUs one of any
+    length is ahead. A sending that waits slows down a stage that is ahead anyway.
+
+    Args:
+        num_bytes: Of one message.
+        on_gpu: Whether the stage computes on a GPU.
     """
-    return not on_gpu or num_bytes <= _BESIDE_BYTES
+    return max(int(_AHEAD_BYTES // max(num_bytes, 1.0)), 0 if on_gpu else 1)
 
 
 def bubble_fraction(stage_seconds: Sequence[float], num_micro_batches: int, whole_seconds: float) -> float:

@@ -16,6 +16,7 @@ from lp_plugin.schedule import (
     forward_timeline,
     makespan_seconds,
     overlapped_seconds,
+    received_ahead,
     ring_seconds,
 )
 
@@ -82,6 +83,15 @@ def test_hops_beside_compute_take_as_long_as_simulated(
 def test_hops_that_take_no_time_change_nothing(seconds: list[int], micro_batches: int) -> None:
     nothing = [0.0] * (len(seconds) - 1)
     assert overlapped_seconds(seconds, nothing, micro_batches) == makespan_seconds(seconds, micro_batches)
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "on_gpu", "cpu"),
+    [(0, 2**20, 2**20), (2**15, 32, 32), (2**20, 1, 1), (2**20 + 1, 0, 1), (2**25, 0, 1)],
+)
+def test_as_many_messages_come_ahead_as_a_megabyte_holds(num_bytes: int, on_gpu: int, cpu: int) -> None:
+    assert received_ahead(num_bytes, on_gpu=True) == on_gpu
+    assert received_ahead(num_bytes, on_gpu=False) == cpu
 
 
 def test_every_boundary_has_a_hop() -> None:

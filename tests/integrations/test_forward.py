@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,17 @@ import pytest
 import torch
 from commands import BIN, Start
 from families import VARIANTS, make_config, make_model
-from forward_cases import FAMILIES, LAYOUTS, make_tokens
+from forward_cases import FAMILIES, LAYOUTS, MANY, make_tokens
+from hypothesis import given
+from hypothesis import strategies as st
 from stage_cases import stage_of
+from strategies import STEADY
 from test_stage_capture import ELSEWHERE, OneDevice, put_on_gpu
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
+from lp_plugin.integrations.deepspeed.forward import schedule
 from lp_plugin.integrations.deepspeed.forward.whole_rows import whole_rows
 from lp_plugin.integrations.transformers.decoder import CACHE_ARGUMENT, DecoderStage, num_layers
 
@@ -47,6 +52,32 @@ Ran = tuple[Path, list[dict[str, Any]]]
 Models = dict[str, tuple[Path, PreTrainedModel]]
 
 
+@STEADY
+@given(st.integers(1, 12), st.integers(0, 14), st.integers(1, 3), st.data())
+def test_no_activation_comes_where_one_is_still_needed(
+    micro_batches: int, ahead: int, stages: int, data: st.DataObject
+) -> None:
+    """Played through: as many come in as there are buffers for, each to the buffer that its pass reads."""
+    stage = data.draw(st.integers(0, stages - 1))
+    order = schedule.ForwardSchedule(micro_batches, stages, stage, receives_ahead=ahead)
+    buffers: dict[int, int] = {}
+    seen: dict[type, list[int]] = defaultdict(list)
+    for instruction in itertools.chain.from_iterable(order.steps()):
+        number = instruction.micro_batch
+        if isinstance(instruction, schedule.StartReceiving):
+            assert number % (ahead + 1) not in buffers
+            buffers[number % (ahead + 1)] = number
+        elif isinstance(instruction, schedule.Forward) and stage > 0:
+            assert seen[schedule.AwaitActivation][-1] == number
+            assert buffers.pop(number % (ahead + 1)) == number
+            assert len(buffers) <= ahead
+        seen[type(instruction)].append(number)
+    every = list(range(micro_batches))
+    assert seen[schedule.Forward] == every
+    assert seen[schedule.StartReceiving] == (every if stage > 0 else [])
+    assert seen[schedule.SendActivation] == (every if stage < stages - 1 else [])
+
+
 def assert_logits(ran: Ran, name: str, model: PreTrainedModel, tokens: torch.Tensor) -> None:
     made = torch.load(ran[0] / f"{name}.pt")
     with torch.no_grad():
@@ -73,6 +104,7 @@ def test_cuts_inside_of_blocks(ran: Ran, models: Models) -> None:
 
 def test_pipelines_and_engines_take_turns(ran: Ran, models: Models) -> None:
     assert_logits(ran, "small-0", models["llama"][1], make_tokens(3, 1, 2))
+    assert_logits(ran, "many-0", models["llama"][1], make_tokens(4, MANY, 1))
     for rank in ran[1]:
         assert rank["unlabelled"]
         assert rank["repeated"]

@@ -221,6 +221,7 @@ def _work(stage: DecoderStage, shape: Shape, device: torch.device, *, compiled: 
         rows=shape.rows,
         tokens=shape.tokens,
         width=int(stage.config.hidden_size),
+        num_buffers=1,
         compiled=compiled,
     )
 

@@ -15,14 +15,14 @@ from torch import distributed
 from lp_plugin.errors import RuntimeEnvironmentError, WorkloadError
 from lp_plugin.integrations.deepspeed.engine import stage_group
 from lp_plugin.integrations.deepspeed.forward import schedule
-from lp_plugin.integrations.deepspeed.forward.hops import NUM_BUFFERS, Hops
+from lp_plugin.integrations.deepspeed.forward.hops import Hops
 from lp_plugin.integrations.deepspeed.forward.lone_passes import LonePasses, check_capturable
 from lp_plugin.integrations.deepspeed.forward.stage_work import StageWork
 from lp_plugin.integrations.deepspeed.generation.ring import Ring, find_widths
 from lp_plugin.integrations.deepspeed.instructions import instructions
 from lp_plugin.measure.graphs import recorded
 from lp_plugin.measure.layers import synchronize
-from lp_plugin.schedule import received_beside
+from lp_plugin.schedule import received_ahead
 
 __all__ = ["Execution", "ForwardPipeline"]
 
@@ -35,6 +35,8 @@ _FIRST_PART, _FURTHER_PART = 8, 32
 """Micro-batches of a graph. The host needs time to launch a graph, for each of its kernels about a seventh of what a
 small kernel takes, and the device waits for it. So a short part comes first; the next one is launched while the device
 is busy with it, and is longer, since each part begins with a message that nothing hides."""
+_FEWEST_SENDS = 2
+"""That a stage has under way before it waits: what it makes leaves while it computes the next."""
 _WORTH_IT = 1.05
 """How many times longer eager passes must take than replayed ones for graphs to be chosen."""
 _TURNS, _TURN_SECONDS = 5, 0.2
@@ -99,9 +101,10 @@ class ForwardPipeline:
         ring = Ring(engine.grid)
         with torch.no_grad():
             widths = find_widths(ring, engine.module.stage, self._device, engine.module.torch_dtype)
-        coming_bytes = rows * tokens * widths[0] * engine.module.torch_dtype.itemsize
-        self._receives_beside = received_beside(coming_bytes, on_gpu=self._device.type == "cuda")
-        self._hops = Hops(engine.grid)
+        self._receives_ahead, sends_ahead = (
+            self._ahead(rows * tokens * width * engine.module.torch_dtype.itemsize) for width in widths
+        )
+        self._hops = Hops(engine.grid, max(sends_ahead + 1, _FEWEST_SENDS))
         self._make_work: Callable[[], StageWork] = lambda: StageWork(
             engine.module,
             is_first=ring.is_first,
@@ -110,6 +113,7 @@ class ForwardPipeline:
             rows=rows,
             tokens=tokens,
             width=widths[0],
+            num_buffers=self._receives_ahead + 1,
             compiled=execution == "compiled",
         )
         if self._device.type == "cuda":
@@ -178,7 +182,7 @@ class ForwardPipeline:
             self._work.hold(self._num_micro_batches)
             return
         with self._work.passing():
-            self._launch(self._work.has_loss, min(self._num_micro_batches, NUM_BUFFERS))  # NCCL connects
+            self._launch(self._work.has_loss, min(self._num_micro_batches, 2))  # NCCL connects
         self._together(lambda: self._capture(self._work.has_loss))
 
     def _settle(self, execution: Execution) -> int:
@@ -265,10 +269,14 @@ class ForwardPipeline:
                     num_micro_batches,
                     engine.num_stages,
                     engine.stage_id,
-                    receives_beside=self._receives_beside,
+                    receives_ahead=self._receives_ahead,
                 )
             )
         hops.finish()
+
+    def _ahead(self, num_bytes: int) -> int:
+        """Of messages of so many bytes, those on their way while a stage computes: no more than a graph ever has."""
+        return min(received_ahead(num_bytes, on_gpu=self._device.type == "cuda"), max(self._parts) - 1)
 
     def _pool(self) -> Any:
         """Memory that all graphs share, since they never run at the same time; None for the first."""

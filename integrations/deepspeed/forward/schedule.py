@@ -32,12 +32,12 @@ class ForwardSchedule(PipeSchedule):
         micro_batches: In all.
         stages: Of the pipeline.
         stage_id: This one.
-        receives_beside: Whether the next micro-batch is on its way while this one computes; else it comes afterwards.
+        receives_ahead: Micro-batches after the one that computes whose activations may already come in.
     """
 
-    def __init__(self, micro_batches: int, stages: int, stage_id: int, *, receives_beside: bool) -> None:
+    def __init__(self, micro_batches: int, stages: int, stage_id: int, *, receives_ahead: int) -> None:
         super().__init__(micro_batches, stages, stage_id)
-        self._receives_beside = receives_beside
+        self._receives_ahead = receives_ahead
 
     def num_pipe_buffers(self) -> int:
         """None of the engine's own."""
@@ -48,8 +48,8 @@ class ForwardSchedule(PipeSchedule):
         for number in range(self.micro_batches):
             step: list[PipeInstruction] = []
             if not self.is_first_stage:
-                ahead = 1 if self._receives_beside else 0
-                coming = range(ahead + 1) if number == 0 else (number + ahead,)
+                last = number + self._receives_ahead
+                coming = range(last + 1) if number == 0 else (last,)
                 step += [StartReceiving(micro_batch=each) for each in coming if each < self.micro_batches]
                 step.append(AwaitActivation(micro_batch=number))
             step.append(Forward(micro_batch=number))

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from lp_plugin.errors import WorkloadError
-from lp_plugin.integrations.deepspeed.forward.hops import NUM_BUFFERS
 from lp_plugin.integrations.deepspeed.forward.whole_rows import FixedRotations, whole_rows
 from lp_plugin.integrations.deepspeed.generation.lean import LeanPass
 
@@ -30,12 +29,13 @@ class StageWork:
         rows: Sequences of each.
         tokens: Of each sequence.
         width: Elements per token of the activation that comes in.
+        num_buffers: Activations that there is room for: the one of which a pass is made, and those on their way.
         compiled: Whether ``torch.compile`` fuses the stage's kernels. On GPUs passes take fewer kernels by `LeanPass`,
             or by its context for compiled ones; on CPUs they are transformers' own.
 
     Attributes:
-        inputs: Token ids [micro-batches, rows, tokens], or activations [2, rows, tokens, width] of the micro-batches
-            under way, in turns. Random to begin with: what GPUs spend on zeros is less.
+        inputs: Token ids [micro-batches, rows, tokens], or activations [buffers, rows, tokens, width] of the
+            micro-batches under way, in turns. Random to begin with: what GPUs spend on zeros is less.
         has_loss: Whether the stage makes results of labels.
     """
 
@@ -49,6 +49,7 @@ class StageWork:
         rows: int,
         tokens: int,
         width: int,
+        num_buffers: int,
         compiled: bool,
     ) -> None:
         self._stage, self._is_first, self._is_last = module.stage, is_first, is_last
@@ -57,7 +58,7 @@ class StageWork:
         self._shape, self._device, self._vocabulary = (rows, tokens), device, module.hf_config.vocab_size
         self.has_loss = self._loss_fn is not None
         if not is_first:
-            self.inputs = torch.randn(NUM_BUFFERS, rows, tokens, width, device=device, dtype=module.torch_dtype)
+            self.inputs = torch.randn(num_buffers, rows, tokens, width, device=device, dtype=module.torch_dtype)
         self.hold(num_micro_batches)
         self._compiled = compiled
         self._fewer_kernels: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
