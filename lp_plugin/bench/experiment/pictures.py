@@ -60,10 +60,10 @@ def performance_picture(case: CaseResult, path: Path) -> bool:
             left.text(0.0, place, " left out", va="center", color=_RED, fontsize=8)
             continue
         colour = _GREY if row is baseline_row(case) or is_control(case, row) else _BLUE
-        rate = case.tokens / row.median_seconds
+        rate, trials = case.tokens / row.median_seconds, [case.tokens / each for each in row.seconds]
         left.barh(place, rate, color=colour, height=0.66)
-        left.plot([case.tokens / each for each in row.seconds], [place] * len(row.seconds), "|", color="black", ms=9)
-        where, shade = (0.0, "white") if rate > 0.2 * fastest else (rate, "black")
+        left.plot(trials, [place] * len(trials), "|", color="black", ms=9)
+        where, shade = (0.0, "white") if rate > 0.2 * fastest else (max(trials), "black")
         left.text(where, place, f"  {tokens_text(rate)}", va="center", color=shade, fontsize=8, fontweight="bold")
         ratio = row_figures(case, row).ratio
         if ratio is not None:
