@@ -25,8 +25,8 @@ __all__ = [
 ]
 
 
-_AHEAD_BYTES = 2**20
-"""Messages on their way to a stage of our forward pipeline while it computes hold no more than this together."""
+_AHEAD_BYTES, _MOST_AHEAD = 2**20, 32
+"""Messages on their way to a stage of our forward pipeline while it computes: together, and how many."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,7 +91,8 @@ def received_ahead(num_bytes: float, *, on_gpu: bool) -> int:
         num_bytes: Of one message.
         on_gpu: Whether the stage computes on a GPU.
     """
-    return max(int(_AHEAD_BYTES // max(num_bytes, 1.0)), 0 if on_gpu else 1)
+    fitting = _AHEAD_BYTES // num_bytes if num_bytes else _MOST_AHEAD
+    return max(min(int(fitting), _MOST_AHEAD), 0 if on_gpu else 1)
 
 
 def bubble_fraction(stage_seconds: Sequence[float], num_micro_batches: int, whole_seconds: float) -> float:

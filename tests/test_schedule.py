@@ -87,7 +87,7 @@ def test_hops_that_take_no_time_change_nothing(seconds: list[int], micro_batches
 
 @pytest.mark.parametrize(
     ("num_bytes", "on_gpu", "cpu"),
-    [(0, 2**20, 2**20), (2**15, 32, 32), (2**20, 1, 1), (2**20 + 1, 0, 1), (2**25, 0, 1)],
+    [(0, 32, 32), (2**10, 32, 32), (2**18, 4, 4), (2**20, 1, 1), (2**20 + 1, 0, 1), (2**25, 0, 1)],
 )
 def test_as_many_messages_come_ahead_as_a_megabyte_holds(num_bytes: int, on_gpu: int, cpu: int) -> None:
     assert received_ahead(num_bytes, on_gpu=True) == on_gpu

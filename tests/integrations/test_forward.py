@@ -78,6 +78,17 @@ def test_no_activation_comes_where_one_is_still_needed(
     assert seen[schedule.SendActivation] == (every if stage < stages - 1 else [])
 
 
+@STEADY
+@given(st.integers(1, 1000))
+def test_graphs_hold_every_micro_batch_and_are_launched_while_the_last_one_runs(micro_batches: int) -> None:
+    parts = schedule.graph_parts(micro_batches)
+    assert sum(parts) == micro_batches
+    assert parts[0] == 1
+    assert all(after <= 4 * before for before, after in itertools.pairwise(parts))
+    assert max(parts) <= 32
+    assert len(parts) <= 4 + micro_batches / 32
+
+
 def assert_logits(ran: Ran, name: str, model: PreTrainedModel, tokens: torch.Tensor) -> None:
     made = torch.load(ran[0] / f"{name}.pt")
     with torch.no_grad():

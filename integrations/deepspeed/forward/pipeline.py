@@ -31,10 +31,6 @@ Execution = Literal["auto", "eager", "graphs", "compiled"]
 ``compiled``: the same, of a stage that ``torch.compile`` has fused. ``auto``: graphs where launching takes longer than
 computing, else eager."""
 
-_FIRST_PART, _FURTHER_PART = 8, 32
-"""Micro-batches of a graph. The host needs time to launch a graph, for each of its kernels about a seventh of what a
-small kernel takes, and the device waits for it. So a short part comes first; the next one is launched while the device
-is busy with it, and is longer, since each part begins with a message that nothing hides."""
 _FEWEST_SENDS = 2
 """That a stage has under way before it waits: what it makes leaves while it computes the next."""
 _WORTH_IT = 1.05
@@ -89,7 +85,7 @@ class ForwardPipeline:
             )
         self._engine = engine
         self._num_micro_batches = num_micro_batches
-        self._parts = _parts(num_micro_batches)
+        self._parts = schedule.graph_parts(num_micro_batches)
         self._graphs: dict[tuple[bool, int], torch.cuda.CUDAGraph] = {}
         """Of so many micro-batches with labels on this rank (True), or without."""
         self._results: dict[bool, torch.Tensor] = {}
@@ -275,8 +271,8 @@ class ForwardPipeline:
         hops.finish()
 
     def _ahead(self, num_bytes: int) -> int:
-        """Of messages of so many bytes, those on their way while a stage computes: no more than a graph ever has."""
-        return min(received_ahead(num_bytes, on_gpu=self._device.type == "cuda"), max(self._parts) - 1)
+        """Of messages of so many bytes, those on their way while a stage computes."""
+        return min(received_ahead(num_bytes, on_gpu=self._device.type == "cuda"), self._num_micro_batches - 1)
 
     def _pool(self) -> Any:
         """Memory that all graphs share, since they never run at the same time; None for the first."""
@@ -298,11 +294,3 @@ class ForwardPipeline:
             replayed=replayed,
             group=stage_group(self._engine.grid),
         )
-
-
-def _parts(num_micro_batches: int) -> tuple[int, ...]:
-    """Micro-batches of each graph that a run replays, one after the other."""
-    parts = [min(_FIRST_PART, num_micro_batches)]
-    while left := num_micro_batches - sum(parts):
-        parts.append(min(_FURTHER_PART, left))
-    return tuple(parts)
