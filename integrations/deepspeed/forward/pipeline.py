@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import statistics
+import time
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -28,15 +29,15 @@ __all__ = ["Execution", "ForwardPipeline"]
 
 Execution = Literal["auto", "eager", "graphs", "compiled"]
 """``eager``: kernels are launched one by one. ``graphs``: a rank's passes and messages are replayed from CUDA graphs.
-``compiled``: the same, of a stage that ``torch.compile`` has fused. ``auto``: graphs where launching takes longer than
-computing, else eager."""
+``compiled``: the same, of a stage that ``torch.compile`` has fused. ``auto``: graphs where launching kernels takes more
+than half of a pass's time, else eager."""
 
 _FEWEST_SENDS = 2
 """That a stage has under way before it waits: what it makes leaves while it computes the next."""
-_WORTH_IT = 1.05
-"""How many times longer eager passes must take than replayed ones for graphs to be chosen."""
-_TURNS, _TURN_SECONDS = 5, 0.2
-"""In which the two are timed."""
+_WORTH_IT = 0.5
+"""Share of a pass's time that the host may take to launch it: now and then it takes twice as long as usual, and the
+device would wait for it."""
+_TIMED_PASSES = 5
 _WARM_UP_SECONDS = 1.0
 """On a GPU, before a stage alone is timed first."""
 _GRAPHS_DO_NOT_PAY, _GRAPHS_PAY, _NO_GRAPHS, _FAILED = range(4)
@@ -152,7 +153,13 @@ class ForwardPipeline:
         """
         with self._work.passing():
             if self._lone is None:
-                self._lone = self._lone_passes(replayed=self.execution != "eager")
+                self._lone = LonePasses(
+                    lambda: self._forward(0, labelled=self._work.has_loss),
+                    self._device,
+                    pool=self._pool(),
+                    replayed=self.execution != "eager",
+                    group=stage_group(self._engine.grid),
+                )
                 if self._device.type == "cuda":
                     self._lone.seconds(_WARM_UP_SECONDS)
             return self._lone.seconds(span_seconds)
@@ -195,10 +202,16 @@ class ForwardPipeline:
         if not stage.capturable:
             return _NO_GRAPHS
         with self._work.passing():
-            both = [self._lone_passes(replayed=each) for each in (False, True)]
-            turns = [[passes.seconds(_TURN_SECONDS) for passes in both] for _ in range(_TURNS + 1)]
-        eager, replayed = (statistics.median(each) for each in zip(*turns[1:], strict=True))  # the first warms up
-        return _GRAPHS_PAY if eager > _WORTH_IT * replayed else _GRAPHS_DO_NOT_PAY
+            shares = [self._launching_share() for _ in range(_TIMED_PASSES + 1)]
+        return _GRAPHS_PAY if statistics.median(shares[1:]) > _WORTH_IT else _GRAPHS_DO_NOT_PAY  # the first warms up
+
+    def _launching_share(self) -> float:
+        """Of the time of a pass on an idle device, what the host takes to launch it."""
+        start = time.perf_counter()
+        self._forward(0, labelled=self._work.has_loss)
+        launched = time.perf_counter()
+        synchronize()
+        return (launched - start) / (time.perf_counter() - start)
 
     def _together(self, attempt: Callable[[], int]) -> int:
         """The highest vote of all ranks of the pipeline; a rank that fails takes the others with it."""
@@ -285,12 +298,3 @@ class ForwardPipeline:
         if self._outgoing is not None:
             self._hops.send(micro_batch, self._outgoing)
         self._outgoing = None
-
-    def _lone_passes(self, *, replayed: bool) -> LonePasses:
-        return LonePasses(
-            lambda: self._forward(0, labelled=self._work.has_loss),
-            self._device,
-            pool=self._pool(),
-            replayed=replayed,
-            group=stage_group(self._engine.grid),
-        )

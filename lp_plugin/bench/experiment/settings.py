@@ -27,8 +27,8 @@ __all__ = ["Case", "Configuration", "Execution", "Experiment", "Partition", "Wan
 Partition = Literal["cache-aware", "uniform", "parameters"]
 """How layers are shared out among stages: by our planner, or by DeepSpeed's own methods."""
 Execution = Literal["auto", "eager", "graphs", "compiled", "stock"]
-"""How a rank runs its stage: ours, as measured to be faster (auto), eagerly, as CUDA graphs, as CUDA graphs of compiled
-stages, or by DeepSpeed's own ``eval_batch`` (stock)."""
+"""How a rank runs its stage: ours, eagerly, as CUDA graphs, as either (auto), as CUDA graphs of compiled stages, or by
+DeepSpeed's own ``eval_batch`` (stock)."""
 
 _MAX_FILE_BYTES = 2**17
 _COUNTS = {"dp": "data_parallel", "tp": "tensor_parallel", "pp": "pipeline_parallel"}
