@@ -132,7 +132,7 @@ class _Asked:
         """A row for each kind of layer."""
         device = self.cluster.devices[0]
         if times.execution != "eager":
-            device = replayed(device, compiled=False)
+            device = replayed(device, "decode", compiled=False)
         costs = LayerTable(self.as_run, self.workload)
         predicted = costs.seconds(device, len(device.tiers) - 1)
         table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)

@@ -206,9 +206,8 @@ class _Search:
 
     @cached_property
     def _replayed(self) -> Cluster:
-        return dataclasses.replace(
-            self.cluster, devices=tuple(replayed(each, compiled=self.compiled) for each in self.cluster.devices)
-        )
+        devices = tuple(replayed(each, "decode", compiled=self.compiled) for each in self.cluster.devices)
+        return dataclasses.replace(self.cluster, devices=devices)
 
     @cached_property
     def _decode(self) -> ModelProfile:
