@@ -189,7 +189,7 @@ class ForwardPipeline:
         self._together(lambda: self._capture(self._work.has_loss))
 
     def _settle(self, execution: Execution) -> int:
-        """What this rank says to graphs, after its own pass has run."""
+        """What this rank says to graphs, after its own pass has run, and so is warm."""
         stage = self._engine.module.stage
         if execution in ("graphs", "compiled"):
             check_capturable(stage)
@@ -202,8 +202,8 @@ class ForwardPipeline:
         if not stage.capturable:
             return _NO_GRAPHS
         with self._work.passing():
-            shares = [self._launching_share() for _ in range(_TIMED_PASSES + 1)]
-        return _GRAPHS_PAY if statistics.median(shares[1:]) > _WORTH_IT else _GRAPHS_DO_NOT_PAY  # the first warms up
+            share = statistics.median(self._launching_share() for _ in range(_TIMED_PASSES))
+        return _GRAPHS_PAY if share > _WORTH_IT else _GRAPHS_DO_NOT_PAY
 
     def _launching_share(self) -> float:
         """Of the time of a pass on an idle device, what the host takes to launch it."""
