@@ -20,13 +20,13 @@ __all__ = [
     "forward_timeline",
     "makespan_seconds",
     "overlapped_seconds",
-    "received_ahead",
+    "received_beside",
     "ring_seconds",
 ]
 
 
-_AHEAD_BYTES, _MOST_AHEAD = 2**20, 32
-"""Messages on their way to a stage of our forward pipeline while it computes: together, and how many."""
+_BESIDE_BYTES = 2**20
+"""Longest message that our forward pipeline receives beside compute on GPUs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,20 +79,19 @@ def overlapped_seconds(stage_seconds: Sequence[float], hop_seconds: Sequence[flo
     return makespan_seconds(_chain(stage_seconds, hop_seconds), num_micro_batches)
 
 
-def received_ahead(num_bytes: float, *, on_gpu: bool) -> int:
-    """How many further messages are on their way to a stage of our forward pipeline while it computes; 0: none.
+def received_beside(num_bytes: float, *, on_gpu: bool) -> bool:
+    """Whether our forward pipeline receives the next message while the stage computes, or between two passes.
 
-    A receiving that starts well ahead waits for no pass, and short messages take little memory. On a GPU one that waits
-    for its message keeps multiprocessors from computing, the more of them the longer the message is: so long ones come
-    between two passes, and take a small part of the time that computing takes for as many tokens. On CPUs one of any
-    length is ahead. A sending that waits slows down a stage that is ahead anyway.
+    On a GPU a receiving that waits for its message keeps multiprocessors from computing, the more of them the longer
+    the message is. Between passes a long one takes a small part of the time that computing takes for as many tokens. A
+    sending that waits slows down a stage that is ahead anyway. More than one at a time gain nothing: of 32 in a CUDA
+    graph all but eight have to come before its first pass begins.
 
     Args:
-        num_bytes: Of one message.
+        num_bytes: Of the message.
         on_gpu: Whether the stage computes on a GPU.
     """
-    fitting = _AHEAD_BYTES // num_bytes if num_bytes else _MOST_AHEAD
-    return max(min(int(fitting), _MOST_AHEAD), 0 if on_gpu else 1)
+    return not on_gpu or num_bytes <= _BESIDE_BYTES
 
 
 def bubble_fraction(stage_seconds: Sequence[float], num_micro_batches: int, whole_seconds: float) -> float:

@@ -16,7 +16,7 @@ from lp_plugin.schedule import (
     forward_timeline,
     makespan_seconds,
     overlapped_seconds,
-    received_ahead,
+    received_beside,
     ring_seconds,
 )
 
@@ -85,13 +85,10 @@ def test_hops_that_take_no_time_change_nothing(seconds: list[int], micro_batches
     assert overlapped_seconds(seconds, nothing, micro_batches) == makespan_seconds(seconds, micro_batches)
 
 
-@pytest.mark.parametrize(
-    ("num_bytes", "on_gpu", "cpu"),
-    [(0, 32, 32), (2**10, 32, 32), (2**18, 4, 4), (2**20, 1, 1), (2**20 + 1, 0, 1), (2**25, 0, 1)],
-)
-def test_as_many_messages_come_ahead_as_a_megabyte_holds(num_bytes: int, on_gpu: int, cpu: int) -> None:
-    assert received_ahead(num_bytes, on_gpu=True) == on_gpu
-    assert received_ahead(num_bytes, on_gpu=False) == cpu
+@pytest.mark.parametrize(("num_bytes", "on_gpu"), [(0, True), (2**20, True), (2**20 + 1, False), (2**25, False)])
+def test_short_messages_come_beside_compute(num_bytes: int, on_gpu: bool) -> None:
+    assert received_beside(num_bytes, on_gpu=True) == on_gpu
+    assert received_beside(num_bytes, on_gpu=False)
 
 
 def test_every_boundary_has_a_hop() -> None:

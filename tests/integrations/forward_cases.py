@@ -28,8 +28,6 @@ from lp_plugin.solver.solve import evaluate
 
 MICRO_BATCHES, ROWS, TOKENS = 5, 3, 20
 """More tokens than the sliding windows are wide."""
-MANY = 40
-"""Micro-batches, of which the last ones are not yet on their way when the first one runs."""
 FAMILIES = ("llama", "starcoder2", "gemma2", "bloom", "opt-350m")
 """The last one for activations of two widths."""
 HALVED = (0, 2, 3, 6, 13)
@@ -129,7 +127,7 @@ def halved_case(models: Path, results: Path) -> None:
 
 
 def turns_case(models: Path, results: Path) -> dict[str, Any]:
-    """Two engines in turns, three pipelines of other shapes on one of them, with and without labels."""
+    """Two engines in turns, two pipelines of other shapes on one of them, with and without labels."""
     scores = make_engine(models / "llama", None, loss_fn=log_likelihoods)
     plain = make_engine(models / "llama", (0, 1, 4, 5, 8))
     pipeline, other = make_pipeline(scores), make_pipeline(plain)
@@ -140,7 +138,6 @@ def turns_case(models: Path, results: Path) -> dict[str, Any]:
     keep(results, "scores", scores, scored)
     logits = other.run(tokens)
     keep(results, "small", scores, small.run(few))
-    keep(results, "many", scores, make_pipeline(scores, MANY, 1).run(make_tokens(4, MANY, 1)))
     seen["unlabelled"] = same(pipeline.run(tokens), logits)
     seen["repeated"] = same(pipeline.run(tokens, tokens.roll(-1, dims=-1)), scored)
     seen["restored"] = scores._INSTRUCTION_MAP is PipelineEngine._INSTRUCTION_MAP

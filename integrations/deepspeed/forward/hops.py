@@ -10,6 +10,9 @@ from torch.utils.dlpack import from_dlpack, to_dlpack
 
 __all__ = ["Hops"]
 
+_NUM_SENDS = 2
+"""On their way before a stage waits for the first of them: what it makes leaves while it computes the next."""
+
 
 class Hops:
     """This rank's neighbours in its pipeline: those at the same data- and tensor-parallel coordinates.
@@ -20,14 +23,11 @@ class Hops:
 
     Args:
         grid: The engine's ``PipelineParallelGrid``.
-        num_sends: Messages that may be on their way to the next stage; a stage that has sent as many waits for the
-            first of them to leave.
     """
 
-    def __init__(self, grid: Any, num_sends: int) -> None:
+    def __init__(self, grid: Any) -> None:
         stages, stage = grid.pipe_parallel_size, grid.get_stage_id()
         groups = (None, grid.pp_proc_group)
-        self._num_sends = num_sends
         self._before = grid.stage_to_global(stage_id=(stage - 1) % stages)
         self._after = grid.stage_to_global(stage_id=(stage + 1) % stages)
         self._group_before, self._group_after = groups[(stage - 1) % 2], groups[stage % 2]
@@ -45,8 +45,8 @@ class Hops:
         self._receiving.pop(micro_batch).wait()
 
     def send(self, micro_batch: int, activation: torch.Tensor) -> None:
-        """Starts sending to the next stage."""
-        self._await_sent(micro_batch - self._num_sends)
+        """Starts sending to the next stage; at most two micro-batches are on their way."""
+        self._await_sent(micro_batch - _NUM_SENDS)
         work = distributed.isend(_unrecorded(activation), self._after, group=self._group_after)
         self._sending[micro_batch] = (work, activation)
 

@@ -23,7 +23,7 @@ from lp_plugin.integrations.deepspeed.generation.ring import Ring, find_widths
 from lp_plugin.integrations.deepspeed.instructions import instructions
 from lp_plugin.measure.graphs import recorded
 from lp_plugin.measure.layers import synchronize
-from lp_plugin.schedule import received_ahead
+from lp_plugin.schedule import received_beside
 
 __all__ = ["Execution", "ForwardPipeline"]
 
@@ -32,8 +32,6 @@ Execution = Literal["auto", "eager", "graphs", "compiled"]
 ``compiled``: the same, of a stage that ``torch.compile`` has fused. ``auto``: graphs where launching kernels takes more
 than half of a pass's time, else eager."""
 
-_FEWEST_SENDS = 2
-"""That a stage has under way before it waits: what it makes leaves while it computes the next."""
 _WORTH_IT = 0.5
 """Share of a pass's time that the host may take to launch it: now and then it takes twice as long as usual, and the
 device would wait for it."""
@@ -98,10 +96,9 @@ class ForwardPipeline:
         ring = Ring(engine.grid)
         with torch.no_grad():
             widths = find_widths(ring, engine.module.stage, self._device, engine.module.torch_dtype)
-        self._receives_ahead, sends_ahead = (
-            self._ahead(rows * tokens * width * engine.module.torch_dtype.itemsize) for width in widths
-        )
-        self._hops = Hops(engine.grid, max(sends_ahead + 1, _FEWEST_SENDS))
+        coming_bytes = rows * tokens * widths[0] * engine.module.torch_dtype.itemsize
+        self._receives_beside = received_beside(coming_bytes, on_gpu=self._device.type == "cuda")
+        self._hops = Hops(engine.grid)
         self._make_work: Callable[[], StageWork] = lambda: StageWork(
             engine.module,
             is_first=ring.is_first,
@@ -110,7 +107,7 @@ class ForwardPipeline:
             rows=rows,
             tokens=tokens,
             width=widths[0],
-            num_buffers=self._receives_ahead + 1,
+            num_buffers=2 if self._receives_beside else 1,
             compiled=execution == "compiled",
         )
         if self._device.type == "cuda":
@@ -278,14 +275,10 @@ class ForwardPipeline:
                     num_micro_batches,
                     engine.num_stages,
                     engine.stage_id,
-                    receives_ahead=self._receives_ahead,
+                    receives_beside=self._receives_beside,
                 )
             )
         hops.finish()
-
-    def _ahead(self, num_bytes: int) -> int:
-        """Of messages of so many bytes, those on their way while a stage computes."""
-        return min(received_ahead(num_bytes, on_gpu=self._device.type == "cuda"), self._num_micro_batches - 1)
 
     def _pool(self) -> Any:
         """Memory that all graphs share, since they never run at the same time; None for the first."""

@@ -34,12 +34,12 @@ class ForwardSchedule(PipeSchedule):
         micro_batches: In all.
         stages: Of the pipeline.
         stage_id: This one.
-        receives_ahead: Micro-batches after the one that computes whose activations may already come in.
+        receives_beside: Whether the next micro-batch comes in while this one computes; else it comes afterwards.
     """
 
-    def __init__(self, micro_batches: int, stages: int, stage_id: int, *, receives_ahead: int) -> None:
+    def __init__(self, micro_batches: int, stages: int, stage_id: int, *, receives_beside: bool) -> None:
         super().__init__(micro_batches, stages, stage_id)
-        self._receives_ahead = receives_ahead
+        self._ahead = 1 if receives_beside else 0
 
     def num_pipe_buffers(self) -> int:
         """None of the engine's own."""
@@ -50,7 +50,7 @@ class ForwardSchedule(PipeSchedule):
         for number in range(self.micro_batches):
             step: list[PipeInstruction] = []
             if not self.is_first_stage:
-                last = number + self._receives_ahead
+                last = number + self._ahead
                 coming = range(last + 1) if number == 0 else (last,)
                 step += [StartReceiving(micro_batch=each) for each in coming if each < self.micro_batches]
                 step.append(AwaitActivation(micro_batch=number))

@@ -29,7 +29,7 @@ class StageWork:
         rows: Sequences of each.
         tokens: Of each sequence.
         width: Elements per token of the activation that comes in.
-        num_buffers: Activations that there is room for: the one of which a pass is made, and those on their way.
+        num_buffers: Activations that there is room for: the one that a pass works on, and one that comes in meanwhile.
         compiled: Whether ``torch.compile`` fuses the stage's kernels. On GPUs passes take fewer kernels by `LeanPass`,
             or by its context for compiled ones; on CPUs they are transformers' own.
 

@@ -33,7 +33,7 @@ from lp_plugin.generate.static_layers import workspace_bytes
 from lp_plugin.hardware import Cluster
 from lp_plugin.measured import LayerTimes, Links
 from lp_plugin.model import ModelProfile
-from lp_plugin.schedule import makespan_seconds, overlapped_seconds, received_ahead, ring_seconds
+from lp_plugin.schedule import makespan_seconds, overlapped_seconds, received_beside, ring_seconds
 from lp_plugin.solver.layer_table import LayerTable
 from lp_plugin.solver.solve import evaluate
 
@@ -180,7 +180,7 @@ class _Expected:
             turns = [own + before for own, before in zip(stages, [*(back or [0.0]), *hops], strict=True)]
             return (self.case.new_tokens - 1) * ring_seconds(turns, num_micro_batches)
         stock = self.execution == "stock"
-        if not stock and received_ahead(longest_message, on_gpu=self.group.devices[0].name != "cpu"):
+        if not stock and received_beside(longest_message, on_gpu=self.group.devices[0].name != "cpu"):
             return overlapped_seconds(stages, hops, num_micro_batches)
         leaving = hops if stock else (0.0,) * len(hops)
         in_turn = zip(stages, (0.0, *hops), (*leaving, 0.0), strict=True)
