@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["Counters", "LayerTimes", "Links", "Memory", "Span", "TimeSplit"]
+__all__ = ["Clock", "Counters", "LayerTimes", "Links", "Memory", "RankClocks", "Span", "TimeSplit"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +77,28 @@ class Memory:
     """By the plan: all kinds together."""
     peak: int | None
     """Measured while it ran; None where it can't be read (CPU)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Clock:
+    """What the driver said of a GPU while it worked."""
+
+    hertz: float
+    """Of its multiprocessors, the mean."""
+    capped_fraction: float
+    """Share of the time in which its power limit held the clock back."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankClocks:
+    """Of one rank's GPU, the median turn of each kind."""
+
+    rank: int
+    """Which."""
+    trials: Clock | None
+    """In turns of the whole; None if not known."""
+    alone: Clock | None
+    """While stages ran by themselves; None if not known, or not run."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

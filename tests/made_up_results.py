@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from lp_plugin.bench.experiment.results import CaseResult, Environment, Prediction, Results, Row, SimulatedRow
-from lp_plugin.measured import Counters, LayerTimes, Links, Memory, Span, TimeSplit
+from lp_plugin.measured import Clock, Counters, LayerTimes, Links, Memory, RankClocks, Span, TimeSplit
 from lp_plugin.model import ModelProfile
 
 CONFIG: dict[str, Any] = json.loads(
@@ -25,6 +25,13 @@ ENVIRONMENT = Environment(
     variables={"NCCL_NVLS_ENABLE": "0"},
 )
 BLOCK_SECONDS = 6.7e-3
+CLOCKS = (
+    RankClocks(
+        rank=0, trials=Clock(hertz=1.49e9, capped_fraction=1.0), alone=Clock(hertz=1.525e9, capped_fraction=0.98)
+    ),
+    RankClocks(rank=1, trials=Clock(hertz=1.98e9, capped_fraction=0.0), alone=None),
+)
+"""Of a GPU at its power limit, and of one that is not."""
 
 
 def trials(seconds: float, seed: int, count: int = 5) -> tuple[float, ...]:
@@ -137,7 +144,7 @@ def prefill_case(processes: int = 2) -> CaseResult:
     baseline = prefill_row("tp=2" if processes == 2 else "tp=2 pp=2", tp=2, pp=processes // 2)
     rows = (
         baseline,
-        prefill_row(f"pp={processes}", pp=processes),
+        prefill_row(f"pp={processes}", pp=processes, clocks=CLOCKS),
         prefill_row(f"pp={processes} uniform", pp=processes, partition="uniform", catalogue_boundaries=(), split=()),
         prefill_row(f"pp={processes} stock", pp=processes, slow=1.04, execution="stock", predictions=(), split=()),
         prefill_row(f"dp={processes}", dp=processes, slow=0.992),

@@ -141,6 +141,13 @@ def test_figures_of_the_report(folder: Path) -> None:
     assert "A/A control, the baseline against itself in turns of its own:" in text
 
 
+def test_clocks_beside_the_bound_that_they_explain(folder: Path) -> None:
+    text = (folder / "report.md").read_text(encoding="utf-8")
+    assert "| pp=2 | 0 | 1,490 MHz | 1,525 MHz | -2.3% | 100% | 98% |" in text
+    assert "| pp=2 | 1 | 1,980 MHz |  |  | 0% |  |" in text
+    assert "Clocks" not in printed(empty())
+
+
 def test_only_the_tables_asked_for(tmp_path: Path) -> None:
     write_report(results(), tmp_path, ["scaling", "consistency"])
     text = (tmp_path / "report.md").read_text(encoding="utf-8")

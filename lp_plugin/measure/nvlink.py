@@ -6,10 +6,12 @@ from collections.abc import Callable
 
 import torch
 
-from lp_plugin.errors import MissingDependencyError, RuntimeEnvironmentError
+from lp_plugin.errors import RuntimeEnvironmentError
+from lp_plugin.measure.nvml import driver_handle
 
 __all__ = ["count_nvlink"]
 
+_MISSING = "NVLink is not counted"
 _UNIT_BYTES = 1024
 """The driver's counters are in KiB."""
 
@@ -38,28 +40,11 @@ def count_nvlink(run: Callable[[], None], device: torch.device) -> tuple[int | N
 
 def _sent_bytes(device: torch.device) -> int:
     """Since the driver was loaded, over all links."""
-    if device.type != "cuda":
-        raise RuntimeEnvironmentError("NVLink is not counted: there is no GPU.")
-    try:
-        import pynvml  # noqa: PLC0415
-    except ImportError as error:
-        raise MissingDependencyError(
-            "NVLink is not counted: nvidia-ml-py is not installed; pip install 'lp-plugin[gpu]'."
-        ) from error
-    torch.cuda.synchronize(device)
-    try:
-        pynvml.nvmlInit()
-        try:
-            handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
-            fields = [
-                (pynvml.NVML_FI_DEV_NVLINK_THROUGHPUT_DATA_TX, link) for link in range(pynvml.NVML_NVLINK_MAX_LINKS)
-            ]
-            values = pynvml.nvmlDeviceGetFieldValues(handle, fields)
-            counts = [value.value.ullVal for value in values if value.nvmlReturn == pynvml.NVML_SUCCESS]
-        finally:
-            pynvml.nvmlShutdown()
-    except pynvml.NVMLError as error:
-        raise RuntimeEnvironmentError(f"NVLink is not counted: the driver says {error}.") from error
+    with driver_handle(device, _MISSING) as (nvml, handle):
+        torch.cuda.synchronize(device)
+        fields = [(nvml.NVML_FI_DEV_NVLINK_THROUGHPUT_DATA_TX, link) for link in range(nvml.NVML_NVLINK_MAX_LINKS)]
+        values = nvml.nvmlDeviceGetFieldValues(handle, fields)
+        counts = [value.value.ullVal for value in values if value.nvmlReturn == nvml.NVML_SUCCESS]
     if not counts:
-        raise RuntimeEnvironmentError("NVLink is not counted: the driver counts no bytes for this GPU, or has no link.")
+        raise RuntimeEnvironmentError(f"{_MISSING}: the driver counts no bytes for this GPU, or has no link.")
     return sum(counts) * _UNIT_BYTES

@@ -1,4 +1,4 @@
-"""Tables of what the devices did: where time went, how memory was accessed, what took room in it."""
+"""Tables of what the devices did: clocks, where time went, how memory was accessed, what took room in it."""
 
 from __future__ import annotations
 
@@ -24,11 +24,12 @@ from lp_plugin.bench.experiment.wording import (
     seconds_text,
     share_text,
 )
-from lp_plugin.measured import LayerTimes, TimeSplit
+from lp_plugin.measured import Clock, LayerTimes, TimeSplit
 from lp_plugin.model import LayerCost
 from lp_plugin.quantity import format_bytes, format_seconds
 
 __all__ = [
+    "clocks_table",
     "footprint_table",
     "memory_access_table",
     "memory_table",
@@ -37,6 +38,39 @@ __all__ = [
 
 _NOISE_SECONDS = 1e-6
 """Of a layer's time."""
+
+
+def clocks_table(case: CaseResult) -> Figures | None:
+    """A row per rank whose GPU told its clock; None if none did."""
+    rows = _ranks_joined(
+        (row.name, str(each.rank), *_clock_cells(each.trials, each.alone)) for row in case.rows for each in row.clocks
+    )
+    if not rows:
+        return None
+    headings = ("configuration", "rank", "in trials", "alone", "change", "at the power limit, in trials", "alone")
+    return Figures(
+        title="Clocks",
+        headings=headings,
+        rows=rows,
+        notes=(
+            "Of the multiprocessors, by the driver, the median turn; alone: while stages were timed by themselves. At "
+            "the power limit: share of the time in which that limit held the clock back.",
+        ),
+    )
+
+
+def _clock_cells(trials: Clock | None, alone: Clock | None) -> tuple[str, ...]:
+    return (
+        _hertz_text(trials),
+        _hertz_text(alone),
+        "" if trials is None or alone is None else change_text(trials.hertz / alone.hertz - 1),
+        "" if trials is None else share_text(trials.capped_fraction, 0),
+        "" if alone is None else share_text(alone.capped_fraction, 0),
+    )
+
+
+def _hertz_text(clock: Clock | None) -> str:
+    return "" if clock is None else f"{clock.hertz / 1e6:,.0f} MHz"
 
 
 def time_split_table(case: CaseResult) -> Figures | None:

@@ -26,7 +26,7 @@ from lp_plugin.errors import LpPluginError, WorkloadError
 from lp_plugin.hardware import Cluster
 from lp_plugin.job.ranks import gather
 from lp_plugin.measure.layers import synchronize
-from lp_plugin.measured import LayerTimes, Links, Memory
+from lp_plugin.measured import Clock, LayerTimes, Links, Memory, RankClocks
 
 __all__ = ["Entry", "Measured", "again", "build_entry", "control_apart", "running"]
 
@@ -71,6 +71,8 @@ class Entry:
     """Of its turns."""
     alone: list[tuple[float, ...]] = field(default_factory=list)
     """Seconds of each stage by itself, in the same turns."""
+    clocks: list[tuple[tuple[Clock | None, Clock | None], ...]] = field(default_factory=list)
+    """Of each rank used, in the trial of a turn and while its stage was timed by itself."""
 
     @property
     def is_control(self) -> bool:
@@ -102,8 +104,23 @@ class Entry:
             first_token_seconds=tuple(trial.first_token_seconds for trial in self.trials),
             token_seconds=tuple(tokens),
             alone_seconds=tuple(statistics.median(each) for each in zip(*self.alone, strict=True)),
+            clocks=tuple(_rank_clocks(rank, turns) for rank, turns in enumerate(zip(*self.clocks, strict=True))),
             **self.fields,
         )
+
+
+def _rank_clocks(rank: int, turns: Sequence[tuple[Clock | None, Clock | None]]) -> RankClocks:
+    trials, alone = (_median_clock([clock for clock in clocks if clock]) for clocks in zip(*turns, strict=True))
+    return RankClocks(rank=rank, trials=trials, alone=alone)
+
+
+def _median_clock(clocks: Sequence[Clock]) -> Clock | None:
+    if not clocks:
+        return None
+    return Clock(
+        hertz=statistics.median(clock.hertz for clock in clocks),
+        capped_fraction=statistics.median(clock.capped_fraction for clock in clocks),
+    )
 
 
 def build_entry(job: CaseJob, configuration: Configuration, engines: Engines, measured: Measured) -> Entry:
@@ -247,7 +264,9 @@ def _predict(job: CaseJob, entry: Entry, measured: Measured) -> None:
 
 def again(entry: Entry) -> Entry:
     """The same contender under a name of its own: what differs is noise."""
-    return dataclasses.replace(entry, name=f"{entry.name} (again)", fields=dict(entry.fields), trials=[], alone=[])
+    return dataclasses.replace(
+        entry, name=f"{entry.name} (again)", fields=dict(entry.fields), trials=[], alone=[], clocks=[]
+    )
 
 
 def control_apart(there: Sequence[tuple[Entry, Contender]], baseline: str) -> list[tuple[Entry, Contender]]:

@@ -19,6 +19,7 @@ from lp_plugin.bench.experiment.derived import (
     why_nothing_ran,
 )
 from lp_plugin.bench.experiment.device_tables import (
+    clocks_table,
     footprint_table,
     memory_access_table,
     memory_table,
@@ -208,7 +209,8 @@ def _performance(case: CaseResult, folder: Path | None, file: str) -> list[Block
     if folder is not None and performance_picture(case, folder / f"{file}-performance.png"):
         caption = f"{case.name}: tokens per second, and the ratio to {case.baseline}"
         blocks.append(Picture(file=f"{file}-performance.png", caption=caption))
-    blocks += [configurations_table(case), bubble_table(case), prediction_table(case), cut_table(case)]
+    blocks += [configurations_table(case), bubble_table(case), clocks_table(case)]
+    blocks += [prediction_table(case), cut_table(case)]
     return [block for block in blocks if block is not None]
 
 

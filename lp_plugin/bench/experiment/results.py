@@ -13,7 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from lp_plugin.errors import InvalidInputError
 from lp_plugin.files import read_text, write_atomically
-from lp_plugin.measured import Counters, LayerTimes, Links, Memory, TimeSplit
+from lp_plugin.measured import Counters, LayerTimes, Links, Memory, RankClocks, TimeSplit
 from lp_plugin.quantity import shown
 
 __all__ = [
@@ -97,6 +97,8 @@ class Row:
     """Decode, of each trial: a sequence's own time per token, the median sequence."""
     alone_seconds: tuple[float, ...] = ()
     """Prefill: each stage's pass over one micro-batch by itself, without pipeline, in the chosen execution."""
+    clocks: tuple[RankClocks, ...] = ()
+    """Of each rank used; empty on CPUs."""
     flops: float = 0.0
     """Floating-point operations of one trial, counted."""
     peak_flops: float = 0.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+import time
 from collections.abc import Iterator
 from typing import Literal
 
@@ -13,7 +14,7 @@ from deepspeed import comm as dist
 from torch import distributed
 
 from lp_plugin.bench.experiment.agreement import together
-from lp_plugin.bench.experiment.contender import Outputs, Trial
+from lp_plugin.bench.experiment.contender import Contender, Outputs, Trial
 from lp_plugin.bench.experiment.engines import Engines
 from lp_plugin.bench.experiment.entries import Entry, Measured, again, build_entry, control_apart, running
 from lp_plugin.bench.experiment.environment import describe_environment
@@ -28,6 +29,7 @@ from lp_plugin.errors import HardwareError
 from lp_plugin.hardware import Cluster
 from lp_plugin.integrations.deepspeed.alone.layer_times import time_model_layers
 from lp_plugin.job.ranks import agree, gather, run_rank
+from lp_plugin.measure.clocks import ClockLog
 from lp_plugin.measure.device import detect_device, device_name
 from lp_plugin.measure.layers import give_back_memory
 from lp_plugin.measure.links import time_links
@@ -242,14 +244,27 @@ def _turns(job: CaseJob, entries: list[Entry], steps: Steps) -> Iterator[str]:
         passes[entry.name] = passes_per_turn(trial)
         time_alone(contender, trial.seconds)
         steps.say(f"{entry.name} is warm, {_rate(job, trial)}")
-    for position in turn_order(len(there), job.trials):
-        entry, contender = there[position]
-        steps.begin(f"running {entry.name}", entry.configuration.name)
-        entry.trials.append(take_turn(contender, passes[entry.configuration.name]))
-        if not entry.is_control:
-            entry.alone.append(time_alone(contender, entry.trials[-1].seconds))
-        steps.say(f"turn {len(entry.trials)} of {job.trials}: {entry.name}, {_rate(job, entry.trials[-1])}")
-        yield entry.name
+    with ClockLog(_device()) as log:
+        for position in turn_order(len(there), job.trials):
+            entry, contender = there[position]
+            steps.begin(f"running {entry.name}", entry.configuration.name)
+            _turn(entry, contender, passes[entry.configuration.name], log)
+            steps.say(f"turn {len(entry.trials)} of {job.trials}: {entry.name}, {_rate(job, entry.trials[-1])}")
+            yield entry.name
+
+
+def _turn(entry: Entry, contender: Contender, passes: int, log: ClockLog) -> None:
+    """A trial, and right after it each stage by itself, with the clocks of both."""
+    start = time.perf_counter()
+    entry.trials.append(take_turn(contender, passes))
+    clock, alone_clock = log.since(start), None
+    if not entry.is_control:
+        start = time.perf_counter()
+        entry.alone.append(time_alone(contender, entry.trials[-1].seconds))
+        alone_clock = log.since(start) if entry.alone[-1] else None
+    found = gather((clock, alone_clock))
+    if any(map(any, found)):
+        entry.clocks.append(tuple(found[rank] for rank in contender.ranks))
 
 
 def _rate(job: CaseJob, trial: Trial) -> str:
