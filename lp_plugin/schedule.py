@@ -84,8 +84,8 @@ def received_beside(num_bytes: float, *, on_gpu: bool) -> bool:
 
     On a GPU a receiving that waits for its message keeps multiprocessors from computing, the more of them the longer
     the message is. Between passes a long one takes a small part of the time that computing takes for as many tokens. A
-    sending that waits slows down a stage that is ahead anyway. More than one at a time gain nothing: of 32 in a CUDA
-    graph all but eight have to come before its first pass begins.
+    sending that waits slows down a stage that is ahead anyway. More than one at a time gained nothing on H200s: of 32
+    in a CUDA graph all but eight had to come before its first pass began.
 
     Args:
         num_bytes: Of the message.

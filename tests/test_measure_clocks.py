@@ -2,7 +2,9 @@
 
 import contextlib
 import itertools
+import sys
 import time
+import types
 from collections.abc import Callable, Iterator, Sequence
 
 import pytest
@@ -10,11 +12,11 @@ import torch
 
 from lp_plugin.bench.experiment.entries import Entry
 from lp_plugin.bench.experiment.settings import Configuration
-from lp_plugin.errors import RuntimeEnvironmentError
+from lp_plugin.errors import MissingDependencyError, RuntimeEnvironmentError
 from lp_plugin.measure import clocks
 from lp_plugin.measured import Clock, RankClocks
 
-CPU = torch.device("cpu")
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
 
 def driver(monkeypatch: pytest.MonkeyPatch, readings: Sequence[tuple[float, bool]]) -> Callable[[], int]:
@@ -48,7 +50,11 @@ def wait_for(count: Callable[[], int], number: int) -> None:
 def test_without_a_gpu_nothing_is_known() -> None:
     start = time.perf_counter()
     with clocks.ClockLog(CPU) as log:
-        pass
+        for _ in range(1000):
+            if log.reason:
+                break
+            time.sleep(0.01)
+    assert log.reason == "clocks are not known: there is no GPU."
     assert log.since(start) is None
 
 
@@ -61,6 +67,7 @@ def test_the_mean_of_what_was_read_since(monkeypatch: pytest.MonkeyPatch) -> Non
         assert log.since(start) == Clock(hertz=1.5e9, capped_fraction=pytest.approx(2 / 3))
         assert log.since(time.perf_counter()) is None
     assert log.since(start) == Clock(hertz=1.5e9, capped_fraction=pytest.approx(2 / 3))
+    assert log.reason == "clocks are not known: the driver is gone."
 
 
 def test_readings_from_before_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,3 +90,57 @@ def test_a_row_has_the_median_turn_of_each_rank() -> None:
         ),
         RankClocks(rank=1, trials=None, alone=None),
     )
+
+
+class DriverError(Exception):
+    """pynvml's own kind."""
+
+
+def install(monkeypatch: pytest.MonkeyPatch, reasons: int | None) -> list[int]:
+    """A stand-in for pynvml on a machine with one GPU, which is lost if there are no reasons; counts who is in."""
+    inside = [0]
+
+    def enter(change: int) -> None:
+        inside[0] += change
+
+    def why(handle: str) -> int:
+        if reasons is None:
+            raise DriverError("GPU is lost")
+        return {"handle of GPU-1234": reasons}[handle]
+
+    found = types.SimpleNamespace(
+        NVMLError=DriverError,
+        NVML_CLOCK_SM=1,
+        nvmlClocksEventReasonSwPowerCap=4,
+        nvmlInit=lambda: enter(1),
+        nvmlShutdown=lambda: enter(-1),
+        nvmlDeviceGetHandleByUUID="handle of {}".format,
+        nvmlDeviceGetClockInfo=lambda handle, kind: {("handle of GPU-1234", 1): 1485}[handle, kind],
+        nvmlDeviceGetCurrentClocksEventReasons=why,
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", found)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(uuid="1234"))
+    return inside
+
+
+@pytest.mark.parametrize(("reasons", "capped"), [(0, False), (4, True), (5, True), (8, False)])
+def test_what_the_driver_says(monkeypatch: pytest.MonkeyPatch, reasons: int, capped: bool) -> None:
+    inside = install(monkeypatch, reasons)
+    with clocks._reader(GPU) as read:
+        assert read() == (1.485e9, capped)
+        assert inside == [1]
+    assert inside == [0]
+
+
+def test_a_driver_that_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    inside = install(monkeypatch, None)
+    refused = pytest.raises(RuntimeEnvironmentError, match="clocks are not known: the driver says GPU is lost")
+    with refused, clocks._reader(GPU) as read:
+        read()
+    assert inside == [0]
+
+
+def test_without_its_python_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    with pytest.raises(MissingDependencyError, match=r"pip install 'lp-plugin\[gpu\]'"), clocks._reader(GPU):
+        pass

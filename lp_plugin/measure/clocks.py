@@ -18,6 +18,8 @@ from lp_plugin.measured import Clock
 __all__ = ["ClockLog"]
 
 _EVERY_SECONDS = 0.05
+_PATIENCE_SECONDS = 1.0
+"""With a driver that does not answer, as when the GPU is lost."""
 _HERTZ = 1e6
 """The driver counts in MHz."""
 
@@ -32,9 +34,13 @@ class ClockLog:
 
     Args:
         device: The GPU.
+
+    Attributes:
+        reason: Why nothing is known, or no more; empty if all is.
     """
 
     def __init__(self, device: torch.device) -> None:
+        self.reason = ""
         self._device = device
         self._readings: list[tuple[float, Reading]] = []
         self._ended = threading.Event()
@@ -48,7 +54,7 @@ class ClockLog:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._ended.set()
-        self._thread.join()
+        self._thread.join(_PATIENCE_SECONDS)
 
     def since(self, start: float) -> Clock | None:
         """What was seen from a moment on until now; None if nothing was.
@@ -65,9 +71,12 @@ class ClockLog:
         )
 
     def _watch(self) -> None:
-        with contextlib.suppress(RuntimeEnvironmentError), _reader(self._device) as read:
-            while not self._ended.wait(_EVERY_SECONDS):
-                self._readings.append((time.perf_counter(), read()))
+        try:
+            with _reader(self._device) as read:
+                while not self._ended.wait(_EVERY_SECONDS):
+                    self._readings.append((time.perf_counter(), read()))
+        except RuntimeEnvironmentError as error:
+            self.reason = str(error)
 
 
 @contextlib.contextmanager

@@ -29,13 +29,19 @@ def count_nvlink(run: Callable[[], None], device: torch.device) -> tuple[int | N
     Source:
         NVIDIA, NVML API reference, field NVML_FI_DEV_NVLINK_THROUGHPUT_DATA_TX: data without protocol, in KiB.
     """
-    try:
-        before = _sent_bytes(device)
-    except RuntimeEnvironmentError as error:
-        run()
-        return None, str(error)
+    before, reason = _sent(device)
     run()
-    return _sent_bytes(device) - before, ""
+    after, later_reason = _sent(device)
+    sent = None if before is None or after is None else after - before
+    return sent, reason or later_reason
+
+
+def _sent(device: torch.device) -> tuple[int | None, str]:
+    """What `_sent_bytes` gives, or why it can't."""
+    try:
+        return _sent_bytes(device), ""
+    except RuntimeEnvironmentError as error:
+        return None, str(error)
 
 
 def _sent_bytes(device: torch.device) -> int:

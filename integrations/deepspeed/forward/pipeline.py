@@ -45,10 +45,10 @@ _GRAPHS_DO_NOT_PAY, _GRAPHS_PAY, _NO_GRAPHS, _FAILED = range(4)
 class ForwardPipeline:
     """Forward passes of micro-batches of one shape through all stages.
 
-    Messages between stages travel while the stages compute, and nothing but activations is sent. Making one is
-    collective over the ranks of one pipeline, tensor-parallel ones included, as is running it; replicas of the
-    pipeline don't wait for each other, and one may run alone. Several pipelines may share an engine, and take turns
-    with its ``eval_batch`` and ``generate``.
+    Messages between stages travel while the stages compute (long ones come in between two passes of a GPU), and nothing
+    but activations is sent. Making one is collective over the ranks of one pipeline, tensor-parallel ones included, as
+    is running it; replicas of the pipeline don't wait for each other, and one may run alone. Several pipelines may
+    share an engine, and take turns with its ``eval_batch`` and ``generate``.
 
     Args:
         engine: DeepSpeed's ``PipelineEngine`` over an ``HFPipelineModule``.

@@ -66,7 +66,7 @@ def graph_parts(num_micro_batches: int) -> tuple[int, ...]:
     The host needs time to launch a graph, for each of its kernels about a seventh of what a small kernel takes, and the
     device waits for the first one. So it begins with a single micro-batch; each further part is launched while the
     device is busy with the one before, and may be longer. Few long parts are better, since each begins with a message
-    that nothing hides (20 us between two parts on H200s), but take more memory.
+    that nothing hides (25 us between two parts on H200s), but take more memory; parts of 128 gained nothing there.
 
     Example:
         >>> graph_parts(64)

@@ -47,14 +47,14 @@ def clocks_table(case: CaseResult) -> Figures | None:
     )
     if not rows:
         return None
-    headings = ("configuration", "rank", "in trials", "alone", "change", "at the power limit, in trials", "alone")
+    headings = ("configuration", "rank", "in trials", "alone", "change", "capped in trials", "capped alone")
     return Figures(
         title="Clocks",
         headings=headings,
         rows=rows,
         notes=(
-            "Of the multiprocessors, by the driver, the median turn; alone: while stages were timed by themselves. At "
-            "the power limit: share of the time in which that limit held the clock back.",
+            "Of the multiprocessors, by the driver, the median turn; alone: while stages were timed by themselves. "
+            "Capped: share of the time in which its power limit held the GPU back.",
         ),
     )
 

@@ -1,8 +1,9 @@
 """What a configuration is expected to take, from what is known before its trials: seconds, work, messages, memory.
 
-Prefill: a drained pipeline of a replica's micro-batches; its hops run beside compute, but DeepSpeed's own
-``eval_batch`` receives, computes and sends one after the other. Decode: a ring that is never drained; a stage receives
-before it computes, and tokens travel back to the first stage. CPU processes may have to share cores.
+Prefill: a drained pipeline of a replica's micro-batches; its hops run beside compute, but long ones come in between
+passes on GPUs, and DeepSpeed's own ``eval_batch`` receives, computes and sends one after the other. Decode: a ring that
+is never drained; a stage receives before it computes, and tokens travel back to the first stage. CPU processes may have
+to share cores.
 
 Not modelled: Python between passes, what a transfer takes from compute beside it, sampling beyond the largest logit.
 """

@@ -98,7 +98,7 @@ class Row:
     alone_seconds: tuple[float, ...] = ()
     """Prefill: each stage's pass over one micro-batch by itself, without pipeline, in the chosen execution."""
     clocks: tuple[RankClocks, ...] = ()
-    """Of each rank used; empty on CPUs."""
+    """Of each rank used; empty where they are not known, as on CPUs."""
     flops: float = 0.0
     """Floating-point operations of one trial, counted."""
     peak_flops: float = 0.0

@@ -251,6 +251,8 @@ def _turns(job: CaseJob, entries: list[Entry], steps: Steps) -> Iterator[str]:
             _turn(entry, contender, passes[entry.configuration.name], log)
             steps.say(f"turn {len(entry.trials)} of {job.trials}: {entry.name}, {_rate(job, entry.trials[-1])}")
             yield entry.name
+    if log.reason and torch.cuda.is_available():
+        steps.say(log.reason.rstrip("."))
 
 
 def _turn(entry: Entry, contender: Contender, passes: int, log: ClockLog) -> None:
