@@ -130,9 +130,8 @@ class _Asked:
 
     def table(self, times: LayerTimes) -> Table:
         """A row for each kind of layer."""
-        device = self.cluster.devices[0]
-        if times.execution != "eager":
-            device = replayed(device, "decode", compiled=False)
+        eager = times.execution == "eager"
+        device = (self.cluster if eager else replayed(self.cluster, "decode", compiled=False)).devices[0]
         costs = LayerTable(self.as_run, self.workload)
         predicted = costs.seconds(device, len(device.tiers) - 1)
         table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)

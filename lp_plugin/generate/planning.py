@@ -206,8 +206,7 @@ class _Search:
 
     @cached_property
     def _replayed(self) -> Cluster:
-        devices = tuple(replayed(each, "decode", compiled=self.compiled) for each in self.cluster.devices)
-        return dataclasses.replace(self.cluster, devices=devices)
+        return replayed(self.cluster, "decode", compiled=self.compiled)
 
     @cached_property
     def _decode(self) -> ModelProfile:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from lp_plugin.hardware import Device
+from lp_plugin.hardware import Cluster, Device
 from lp_plugin.model import LayerCost, ModelProfile
 from lp_plugin.model.architecture import DTYPE_BYTES
 from lp_plugin.model.halves import attention_half
@@ -15,10 +15,10 @@ __all__ = ["last_logits", "on_static_caches", "replayed", "workspace_bytes"]
 _REPLAYED_SECONDS = {"decode": 140e-6, "prefill": 58e-6}
 """Least seconds of a block whose kernels are replayed from a CUDA graph: some 20, each of 2 to 20 us however small its
 tensors; the catalogue's figures are for eager launches. From docs/results, on H200s with torch 2.11: decoding, about
-1.15 ms a turn of 8 llama blocks of hidden size 2048, 32 rows; prefill, 0.466 ms a pass of 8 starcoder2 blocks of hidden
+1.15 ms a turn of 8 llama blocks of hidden size 2048, 32 rows; prefill, 0.465 ms a pass of 8 starcoder2 blocks of hidden
 size 1024, 16 tokens."""
 _COMPILED_SECONDS = {"decode": 115e-6, "prefill": 39e-6}
-"""The same after ``torch.compile`` has fused what stands between the matrices; there about 0.93 ms, and 0.313 ms."""
+"""The same after ``torch.compile`` has fused what stands between the matrices; there about 0.93 ms, and 0.312 ms."""
 _WORKSPACE_BYTES = 2 * 32 * 2**20
 """What cuBLAS keeps on a GPU: 32 MiB (torch's default on compute capability 9.0) for each of two streams, those of
 prefill and of capturing graphs."""
@@ -64,18 +64,22 @@ def last_logits(profile: ModelProfile, tokens: int) -> ModelProfile:
     return dataclasses.replace(profile, layers=layers)
 
 
-def replayed(device: Device, phase: Literal["decode", "prefill"], *, compiled: bool) -> Device:
-    """The device as decode steps, or passes in graphs, find it: GPUs replay CUDA graphs, a CPU launches eagerly.
+def replayed(cluster: Cluster, phase: Literal["decode", "prefill"], *, compiled: bool) -> Cluster:
+    """The devices as decode steps, or passes in graphs, find them: GPUs replay CUDA graphs, a CPU launches eagerly.
 
     Args:
-        device: As the catalogue has it.
+        cluster: Devices as the catalogue has them.
         phase: What is replayed.
         compiled: Whether it has been compiled.
     """
-    if device.name == "cpu":
-        return device
     seconds = (_COMPILED_SECONDS if compiled else _REPLAYED_SECONDS)[phase]
-    return dataclasses.replace(device, layer_overhead_seconds=min(device.layer_overhead_seconds, seconds))
+    devices = tuple(
+        device
+        if device.name == "cpu"
+        else dataclasses.replace(device, layer_overhead_seconds=min(device.layer_overhead_seconds, seconds))
+        for device in cluster.devices
+    )
+    return dataclasses.replace(cluster, devices=devices)
 
 
 def workspace_bytes(device: Device) -> int:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -53,16 +50,6 @@ def start() -> Start:
         return output
 
     return run
-
-
-@pytest.fixture
-def free_port() -> int:
-    """A port that nothing listens on, and that no connection made meanwhile gets: the system's own lie above."""
-    for port in random.SystemRandom().sample(range(20_000, 29_000), 100):
-        with socket.socket() as listener, contextlib.suppress(OSError):
-            listener.bind(("", port))
-            return port
-    pytest.fail("100 ports are all in use")
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from commands import Start
+from ports import free_port
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "train"
 TORCHRUN = ("torchrun", "--standalone", "--nproc-per-node", "2")
@@ -65,8 +66,8 @@ def test_an_unchanged_script_trains_under_torchrun(start: Start, ranks: Ranks) -
     assert check_example(output, ranks) == ranks[0]["cache-aware"]["ours"]["parts"]
 
 
-def test_an_unchanged_script_trains_under_deepspeeds_launcher(start: Start, ranks: Ranks, free_port: int) -> None:
-    launcher = ("deepspeed", "--num_gpus", "2", "--master_port", str(free_port), "--no_python", "--no_local_rank")
+def test_an_unchanged_script_trains_under_deepspeeds_launcher(start: Start, ranks: Ranks) -> None:
+    launcher = ("deepspeed", "--num_gpus", "2", "--master_port", str(free_port()), "--no_python", "--no_local_rank")
     output = start(*launcher, "lp-plugin", "launch", EXAMPLE / "train.py", *CONFIG)
     assert check_example(output, ranks) == ranks[0]["cache-aware"]["ours"]["parts"]
 

@@ -164,5 +164,4 @@ def launched(group: Cluster, case: Case, execution: Execution) -> Cluster:
     """The same stages with the launch overhead that an execution has: of CUDA graphs, but where it is eager."""
     if case.phase == "prefill" and execution in {"eager", "stock"}:
         return group
-    devices = tuple(replayed(device, case.phase, compiled=execution == "compiled") for device in group.devices)
-    return dataclasses.replace(group, devices=devices)
+    return replayed(group, case.phase, compiled=execution == "compiled")

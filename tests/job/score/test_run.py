@@ -6,13 +6,13 @@ import json
 import math
 import os
 import random
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from ports import free_port
 from runs import BINARIES, EXAMPLES, MAX_POSITIONS, PNG, Command, Run, assert_scores_are_the_models, finished, jsonl
 
 from lp_plugin import Cluster, ModelProfile, Workload, save_plan
@@ -221,14 +221,11 @@ def test_wrong_number_of_processes_is_said_once(two_stages: Run, tmp_path: Path,
 
 def slurm(*arguments: object, environment: dict[str, str]) -> list[tuple[int, str, str]]:
     """Exit code, output and errors of two tasks that SLURM's variables tell apart."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
     common = {
         "SLURM_STEP_NUM_TASKS": "2",
         "SLURM_JOB_NUM_NODES": "1",
         "SLURM_JOB_NODELIST": "node3",
-        "MASTER_PORT": port,
+        "MASTER_PORT": str(free_port()),
     }
     tasks = [
         subprocess.Popen(
