@@ -25,6 +25,7 @@ except ImportError as error:
         f"DeepSpeed can't be imported ({error}); install it with: pip install 'lp-plugin[deepspeed]'"
     ) from error
 
+from lp_plugin.integrations.deepspeed import places
 from lp_plugin.integrations.deepspeed.config import Section, Settings, read_settings
 from lp_plugin.integrations.deepspeed.methods import install
 
@@ -78,3 +79,4 @@ def _settings_of(module: deepspeed.pipe.PipelineModule) -> Settings:
 
 
 install(_settings_of)
+places.install()

@@ -24,6 +24,8 @@ from deepspeed.utils import logger
 
 from lp_plugin.errors import HardwareError
 from lp_plugin.job.launch import join_launcher
+from lp_plugin.job.place import at
+from lp_plugin.job.watch.watch import DEFAULT_TIMEOUT_SECONDS, watch
 from lp_plugin.measure.layers import synchronize
 from lp_plugin.schedule import Interval
 
@@ -41,7 +43,7 @@ __all__ = [
 ]
 
 _TIMEOUT = timedelta(hours=12)
-"""Other ranks wait in a collective while rank 0 tokenizes; a dead rank is noticed by its launcher, not by this."""
+"""Other ranks wait in a collective while rank 0 tokenizes; a rank that is gone is noticed by the watch, not by this."""
 
 _PASSES_ALONE = 7
 """Of a stage that is timed alone."""
@@ -50,15 +52,23 @@ _TRAINING = frozenset({"optimizer", "scheduler", "zero_optimization", "train_bat
 """Parts of a DeepSpeed configuration that an engine without optimizer does without."""
 
 
-def init_distributed() -> None:
+def init_distributed(timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS) -> None:
     """Joins the job that torchrun or another launcher started: NCCL with GPUs, Gloo without.
+
+    From then on its ranks watch over one another (`lp_plugin.job.watch`).
 
     On CPUs DeepSpeed would first compile a shared-memory all-reduce (about a minute, a compiler needed), which a
     pipeline never calls; it is told that the operator is not available.
 
+    Args:
+        timeout_seconds: After which a rank that does not move counts as hung.
+
     Raises:
         HardwareError: If this host has fewer GPUs than processes.
+        RuntimeEnvironmentError: If other ranks can't be reached, or have other versions.
     """
+    if not torch.distributed.is_initialized():
+        watch(timeout_seconds)
     cuda = torch.cuda.is_available()
     if cuda:
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -73,6 +83,7 @@ def init_distributed() -> None:
     warnings.filterwarnings("ignore", message=r"barrier\(\): using the device", category=UserWarning)  # DeepSpeed's own
     with quiet():
         deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", timeout=_TIMEOUT)
+    at("")
 
 
 def join_or_start() -> None:

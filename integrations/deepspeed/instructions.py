@@ -8,6 +8,9 @@ from typing import Any
 
 from deepspeed.runtime.pipe.schedule import PipeInstruction
 
+from lp_plugin.integrations.deepspeed.places import doing
+from lp_plugin.job.place import at, set_step
+
 __all__ = ["instructions"]
 
 
@@ -20,7 +23,7 @@ def instructions(engine: Any, table: Mapping[type[PipeInstruction], Callable[...
         table: What carries out each kind of instruction; called with the instruction's keywords alone.
     """
     before = engine.__dict__.get("_INSTRUCTION_MAP")
-    engine._INSTRUCTION_MAP = {kind: _without_engine(carry_out) for kind, carry_out in table.items()}
+    engine._INSTRUCTION_MAP = {kind: _without_engine(doing(kind), carry_out) for kind, carry_out in table.items()}
     try:
         yield
     finally:
@@ -30,11 +33,15 @@ def instructions(engine: Any, table: Mapping[type[PipeInstruction], Callable[...
             engine._INSTRUCTION_MAP = before
 
 
-def _without_engine(carry_out: Callable[..., None]) -> Callable[..., None]:
-    """DeepSpeed binds instructions to its engine."""
+def _without_engine(what: str, carry_out: Callable[..., None]) -> Callable[..., None]:
+    """DeepSpeed binds instructions to its engine; the watch is told what the rank begins."""
 
     def run(engine: Any, **keywords: Any) -> None:
         del engine
+        turn = keywords.get("turn")
+        if turn is not None and turn.run is not None:
+            set_step(turn.run.number)
+        at(what, keywords.get("micro_batch") if turn is None else turn.slot)
         carry_out(**keywords)
 
     return run

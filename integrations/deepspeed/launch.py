@@ -11,6 +11,7 @@ from pathlib import Path
 
 from lp_plugin.errors import DeepSpeedConfigError, InvalidInputError, RuntimeEnvironmentError
 from lp_plugin.integrations.deepspeed import configure
+from lp_plugin.job.watch.watch import DEFAULT_TIMEOUT_SECONDS, leave, report, watch
 
 __all__ = ["config_argument", "launch_script"]
 
@@ -62,8 +63,18 @@ def launch_script(script: str | Path, arguments: Sequence[str]) -> None:
         )
     sys.argv = [str(script), *arguments]
     sys.path.insert(0, str(Path(script).resolve().parent))
+    watch(DEFAULT_TIMEOUT_SECONDS)
     try:
         runpy.run_path(str(script), run_name="__main__")
-    except EOFError:  # say what it was: typer would take it for a closed terminal and print "Aborted."
+    except SystemExit as ended:
+        if ended.code:
+            report("failed", f"the script ended with {ended.code!r}.")
+        raise
+    except EOFError as error:  # say what it was: typer would take it for a closed terminal and print "Aborted."
+        report("failed", f"{type(error).__name__}: {error}")
         traceback.print_exc()
         raise SystemExit(1) from None
+    except BaseException as error:
+        report("interrupted" if isinstance(error, KeyboardInterrupt) else "failed", f"{type(error).__name__}: {error}")
+        raise
+    leave()

@@ -21,6 +21,7 @@ from lp_plugin.integrations.transformers.decoder import DecoderStage
 from lp_plugin.integrations.transformers.materialize import materialize, randomize
 from lp_plugin.integrations.transformers.tensor_parallel import shard_stage
 from lp_plugin.integrations.transformers.weights import check_checkpoint, load_stage
+from lp_plugin.job.place import at, set_stage
 from lp_plugin.model import ModelProfile
 from lp_plugin.objective import Objective
 from lp_plugin.plan import Plan
@@ -177,6 +178,7 @@ class HFPipelineModule(PipelineModule):
             for layer in self.lp_profile.layers
         ]
         shape = (self.lp_workload.chosen_micro_batch, self.lp_workload.tokens_per_sequence)
+        at("time layers")
         return timed_profile(
             self.lp_profile,
             numbers,
@@ -203,6 +205,8 @@ class HFPipelineModule(PipelineModule):
         load_stage(stage, self.directory, self.device, self.torch_dtype)
 
     def _build(self) -> None:
+        set_stage(self.stage_id)
+        at("load")
         stage = self._make_stage(self._local_start, self._local_stop)
         self._load(stage)
         stage.eval()

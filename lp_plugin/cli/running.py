@@ -12,6 +12,8 @@ from lp_plugin.cli.app import app, require
 
 __all__ = ["generate", "launch", "run"]
 
+_TIMEOUT = "Seconds after which a rank that hangs ends the job; one that dies does at once."
+
 
 @app.command()
 def run(
@@ -36,6 +38,7 @@ def run(
     ] = None,
     timeline: Annotated[Path | None, typer.Option(help="Draw what each stage did when (.png, .svg, .pdf).")] = None,
     report: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
+    timeout: Annotated[float, typer.Option(help=_TIMEOUT)] = 300.0,
 ) -> None:
     """Score documents with a pipelined model; interrupted, the same command goes on where it stopped."""
     require("run", "torch", "deepspeed", "transformers")
@@ -57,7 +60,7 @@ def run(
         timeline=timeline,
         report=report,
     )
-    score(prepared, output=output, timeline=timeline, report=report)
+    score(prepared, output=output, timeline=timeline, report=report, timeout=timeout)
 
 
 @app.command()
@@ -96,6 +99,7 @@ def generate(
     ] = False,
     report: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
     stream: Annotated[bool, typer.Option("--stream", help="Print texts as they come.")] = False,
+    timeout: Annotated[float, typer.Option(help=_TIMEOUT)] = 300.0,
 ) -> None:
     """Continue prompts with a pipelined model; interrupted, the same command goes on where it stopped."""
     require("run", "torch", "deepspeed", "transformers")
@@ -124,7 +128,7 @@ def generate(
         report=report,
         stream=stream,
     )
-    start(prepared, output=output, report=report)
+    start(prepared, output=output, report=report, timeout=timeout)
 
 
 @app.command(

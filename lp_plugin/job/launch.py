@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import multiprocessing
 import os
+import pickle
 import re
 import signal
 import subprocess
 import sys
 import threading
-import time
 import traceback
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
 
 from lp_plugin.errors import LpPluginError, RankFailedError, RuntimeEnvironmentError
 from lp_plugin.job.layout import Layout
+from lp_plugin.job.watch.watch import EXIT_LOST_PEER, await_verdict, report
 
 __all__ = ["join_launcher", "launch_local", "prepare_environment", "run_and_report", "start_job"]
 
@@ -27,14 +30,12 @@ Outcome = TypeVar("Outcome")
 
 EXIT_ERROR = 2
 """A deliberate error, already printed."""
-EXIT_LOST_PEER = 75
-"""Another rank died; this one has nothing to say about it."""
 _HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 """By torchrun's library while it runs processes."""
 _MOST_PROCESSES_PER_CORE = 16
 """Without GPUs; each takes half a gigabyte before it has done anything."""
-_PEER_FIRST_SECONDS = 1.0
-"""Before a rank ends because another has: the launcher, which looks every 0.1 seconds, must see that one first."""
+_VERDICT_SECONDS = 2.0
+"""For the watch to say which rank a connection was lost to."""
 _PEER_GONE = ("connection closed", "connection reset", "socket", "gloo", "nccl", "broken pipe", "timed out")
 
 
@@ -131,7 +132,7 @@ def launch_local(num_processes: int, entry: Callable[..., Any], *arguments: Any)
     Args:
         num_processes: Ranks.
         entry: Importable function; wrapped in `run_and_report`.
-        arguments: Pickled to each process.
+        arguments: Handed to each process.
 
     Returns:
         What rank 0 returned.
@@ -168,7 +169,8 @@ def launch_local(num_processes: int, entry: Callable[..., Any], *arguments: Any)
     is_main = threading.current_thread() is threading.main_thread()  # which alone has handlers
     handlers = {number: signal.getsignal(number) for number in _HANDLED if is_main}
     try:
-        return elastic_launch(config, run_child)(entry, *arguments)[0]
+        with _handed_over(entry, arguments) as place:
+            return elastic_launch(config, run_child)(place)[0]
     except ChildFailedError as error:
         raise _explained(error) from None
     except SignalException:  # the launcher has stopped its processes
@@ -178,9 +180,28 @@ def launch_local(num_processes: int, entry: Callable[..., Any], *arguments: Any)
             signal.signal(number, handler)
 
 
-def run_child(entry: Callable[..., Any], *arguments: Any) -> Any:
-    """Runs one rank in a process of ours, which ends with its parent, even if that is killed."""
+@contextlib.contextmanager
+def _handed_over(*what: Any) -> Iterator[str]:
+    """Where processes of ours find what they are given; nothing is left when this one ends, however it does.
+
+    Not through the pipe by which a process gets its arguments: of more than its 64 kB, what is left waits for ever if
+    the process is killed meanwhile, and all that are not started yet with it.
+    """
+    descriptor = os.memfd_create("lp_plugin")
+    with os.fdopen(descriptor, "wb") as file:
+        pickle.dump(what, file)
+        file.flush()
+        yield f"/proc/{os.getpid()}/fd/{descriptor}"
+
+
+def run_child(place: str) -> Any:
+    """Runs one rank in a process of ours, which ends with its parent, even if that is killed.
+
+    Args:
+        place: Of the entry and its arguments, by `launch_local` alone.
+    """
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    entry, arguments = pickle.loads(Path(place).read_bytes())  # noqa: S301 - our own parent's memory
     return run_and_report(entry, *arguments)
 
 
@@ -199,14 +220,16 @@ def run_and_report(entry: Callable[..., Any], *arguments: Any) -> Any:
     try:
         return entry(*arguments)
     except KeyboardInterrupt:
+        report("interrupted", "interrupted")
         _end(130)
     except LpPluginError as error:
-        if _first_to_fail():
+        if report("failed", str(error)):
             print(f"error (rank {os.environ['RANK']}): {error}", file=sys.stderr, flush=True)  # noqa: T201
         _end(EXIT_ERROR)
     except BaseException as error:  # noqa: BLE001 - whatever it is, the other ranks must not hang
         if isinstance(error, RuntimeError) and any(word in str(error).lower() for word in _PEER_GONE):
             _end_without_peer(error)
+        report("failed", f"{type(error).__name__}: {error}")
         traceback.print_exc()
         _end(1)
 
@@ -215,11 +238,11 @@ def _end_without_peer(error: RuntimeError) -> None:
     """Ends a rank that lost its connection; says so only if no other rank has had an error to report."""
     joined = torch.distributed.is_initialized()
     if joined:
-        time.sleep(_PEER_FIRST_SECONDS)
-    if _first_to_fail():
-        what = "lost the connection to another rank" if joined else "can't reach the other ranks"
-        reason = next(iter(str(error).splitlines()), "")
-        print(f"error (rank {os.environ['RANK']}): {what}: {reason}", file=sys.stderr, flush=True)  # noqa: T201
+        await_verdict(_VERDICT_SECONDS)
+    what = "lost the connection to another rank" if joined else "can't reach the other ranks"
+    reason = f"{what}: {next(iter(str(error).splitlines()), '')}"
+    if report("failed", reason):
+        print(f"error (rank {os.environ['RANK']}): {reason}", file=sys.stderr, flush=True)  # noqa: T201
     _end(EXIT_LOST_PEER if joined else EXIT_ERROR)
 
 
@@ -229,18 +252,6 @@ def _end(code: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
-
-
-def _first_to_fail() -> bool:
-    """Whether no other rank has claimed the error yet, decided in the job's own key-value store."""
-    try:
-        store = torch.distributed.distributed_c10d._get_default_store()
-    except (RuntimeError, ValueError):  # no process group yet
-        return True
-    try:
-        return bool(store.add("lp_plugin/error", 1) == 1)
-    except RuntimeError:  # rank 0, which may hold the store, has ended: it had its own error
-        return False
 
 
 def _explained(error: Any) -> BaseException:

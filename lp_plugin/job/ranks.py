@@ -11,6 +11,8 @@ from deepspeed import comm as dist
 from lp_plugin.errors import WorldSizeError
 from lp_plugin.integrations.deepspeed.engine import init_distributed
 from lp_plugin.job.layout import Layout
+from lp_plugin.job.place import at
+from lp_plugin.job.watch.watch import DEFAULT_TIMEOUT_SECONDS, leave
 
 __all__ = ["agree", "check_processes", "gather", "run_rank"]
 
@@ -39,6 +41,7 @@ def check_processes(layout: Layout) -> None:
 def agree(value: Value | None) -> Value:
     """Rank 0's value, on every rank; collective."""
     box: list[Any] = [value]
+    at("agree")
     torch.distributed.broadcast_object_list(box, src=0)
     return box[0]
 
@@ -46,17 +49,24 @@ def agree(value: Value | None) -> Value:
 def gather(value: Value) -> tuple[Value, ...]:
     """Every rank's value, in order of ranks, on every rank; collective."""
     values = [value] * dist.get_world_size()
+    at("agree")
     torch.distributed.all_gather_object(values, value)
     return tuple(values)
 
 
-def run_rank(prepared: Callable[[], AnyJob] | None, run: Callable[[AnyJob], Outcome | None]) -> Outcome | None:
+def run_rank(
+    prepared: Callable[[], AnyJob] | None,
+    run: Callable[[AnyJob], Outcome | None],
+    *,
+    timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS,
+) -> Outcome | None:
     """Runs this process's part of a job; collective over its ranks. torchrun's environment variables are set.
 
     Args:
         prepared: Makes the job; needed on rank 0, which hands it to the others. Called once the ranks are
             connected: if it raises, the others notice that this one is gone.
         run: Does what there is to do; gives the job's figures on rank 0, None elsewhere.
+        timeout_seconds: After which a rank that does not move counts as hung.
 
     Returns:
         What ``run`` gave.
@@ -64,8 +74,14 @@ def run_rank(prepared: Callable[[], AnyJob] | None, run: Callable[[AnyJob], Outc
     Raises:
         LpPluginError: Any of its kinds.
     """
-    init_distributed()
-    outcome = run(agree(prepared() if prepared else None))
+    init_distributed(timeout_seconds)
+    job = None
+    if prepared is not None:
+        at("prepare")
+        job = prepared()
+    outcome = run(agree(job))
+    at("drain")
     dist.barrier()  # Gloo may abort a process that ends while its last message is under way
-    torch.distributed.destroy_process_group()  # not after an error: the job's store tells who has reported it
+    torch.distributed.destroy_process_group()
+    leave()
     return outcome

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
 from lp_plugin.job.figures import write_figures
 from lp_plugin.job.launch import start_job
+from lp_plugin.job.watch.watch import check_timeout
 from lp_plugin.picture import timeline_picture
 from lp_plugin.report import console
 from lp_plugin.score.job import ScoreJob
@@ -15,7 +17,9 @@ from lp_plugin.score.outcome import Outcome
 __all__ = ["score"]
 
 
-def score(prepared: Callable[[], ScoreJob], *, output: Path, timeline: Path | None, report: Path | None) -> None:
+def score(
+    prepared: Callable[[], ScoreJob], *, output: Path, timeline: Path | None, report: Path | None, timeout: float
+) -> None:
     """Scores documents; see `lp_plugin.cli.run`.
 
     Args:
@@ -23,20 +27,22 @@ def score(prepared: Callable[[], ScoreJob], *, output: Path, timeline: Path | No
         output: Where the results go.
         timeline: Where a picture of what each stage did when goes, if anywhere.
         report: Where the figures go, if anywhere.
+        timeout: Seconds after which a rank that does not move ends the job.
 
     Raises:
         LpPluginError: Any of its kinds; finished documents are kept in ``OUTPUT.partial``.
     """
-    outcome = start_job(prepared, _run_rank)
+    check_timeout(timeout, "--timeout")
+    outcome = start_job(prepared, functools.partial(_run_rank, timeout_seconds=timeout))
     if outcome is not None:
         _show(outcome, output, timeline, report)
 
 
-def _run_rank(prepared: Callable[[], ScoreJob] | None) -> Outcome | None:
+def _run_rank(prepared: Callable[[], ScoreJob] | None, *, timeout_seconds: float) -> Outcome | None:
     from lp_plugin.job.ranks import run_rank  # noqa: PLC0415
     from lp_plugin.score.worker import run  # noqa: PLC0415 - DeepSpeed, only in the ranks
 
-    return run_rank(prepared, run)
+    return run_rank(prepared, run, timeout_seconds=timeout_seconds)
 
 
 def _show(outcome: Outcome, output: Path, timeline: Path | None, report: Path | None) -> None:

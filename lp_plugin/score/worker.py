@@ -22,6 +22,7 @@ from lp_plugin.integrations.deepspeed.engine import (
 from lp_plugin.integrations.transformers.pipeline import HFPipelineModule
 from lp_plugin.job.journal import Journal
 from lp_plugin.job.layout import Layout
+from lp_plugin.job.place import at, set_step
 from lp_plugin.job.progress import Progress
 from lp_plugin.job.ranks import agree, check_processes, gather
 from lp_plugin.plan import Plan
@@ -56,6 +57,7 @@ def run(job: ScoreJob) -> Outcome | None:
             num_replicas=job.layout.data_parallel,
         )
         _run_steps(job, module, steps, done, journal, progress)
+    at("drain")
     ranks = gather(_times(done))
     if journal is None or progress is None:
         return None
@@ -123,12 +125,14 @@ def _run_steps(
     if progress:
         progress.show_plan(module.lp_plan)
     runner = StepRunner(_engine(module, steps[0]), timed=True)
+    at("time layers")
     done.alone_seconds = _alone(module, steps[0])
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     dist.barrier()  # the ranks end their measurements at different times
     start = time.perf_counter()
-    for step in steps:
+    for number, step in enumerate(steps):
+        set_step(number)
         scores = _run_step(runner, job, step)
         if runner.times is not None:
             done.add(step, runner.times)
@@ -136,6 +140,7 @@ def _run_steps(
             journal.append(scores)
             lengths = job.documents.lengths[list(step.documents)]
             progress.advance(len(step.documents), int(lengths.sum()))
+    set_step(None)
     done.elapsed_seconds = time.perf_counter() - start
 
 

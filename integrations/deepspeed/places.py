@@ -1,0 +1,76 @@
+"""Tells the watch where a rank is: every instruction of DeepSpeed's engine, and of our own schedules on it."""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+from deepspeed.runtime.pipe.engine import PipelineEngine
+
+from lp_plugin.job.place import at, set_stage, set_step
+
+__all__ = ["doing", "install"]
+
+_DOING = {
+    "AwaitActivation": "receive",
+    "BackwardPass": "backward",
+    "Decode": "decode",
+    "Forward": "forward",
+    "ForwardPass": "forward",
+    "LoadMicroBatch": "next batch",
+    "OptimizerStep": "optimizer",
+    "Prefill": "prefill",
+    "ReceiveActivation": "receive",
+    "ReceiveTokens": "receive",
+    "RecvActivation": "receive",
+    "RecvGrad": "receive",
+    "ReduceGrads": "reduce",
+    "ReduceTiedGrads": "reduce",
+    "SendActivation": "send",
+    "SendGrad": "send",
+    "SendTokens": "send",
+    "StartReceiving": "receive",
+}
+
+
+def doing(instruction: type[Any]) -> str:
+    """What `lp_plugin.job.place` calls an instruction."""
+    return _DOING.get(instruction.__name__, instruction.__name__)
+
+
+def install() -> None:
+    """Makes all pipeline engines tell; a second call changes nothing."""
+    run_schedule = PipelineEngine._exec_schedule
+    if hasattr(run_schedule, "of_lp_plugin"):
+        return
+
+    @functools.wraps(run_schedule)
+    def _exec_schedule(self: PipelineEngine, pipe_schedule: Any) -> None:
+        set_stage(self.stage_id)
+        if self.module.training:
+            set_step(self.global_steps)
+        self.lp_counts = Counter()
+        run_schedule(self, pipe_schedule)
+        at("")
+
+    _exec_schedule.of_lp_plugin = True  # type: ignore[attr-defined]
+    PipelineEngine._exec_schedule = _exec_schedule
+    PipelineEngine._INSTRUCTION_MAP = {
+        kind: _telling(kind, carry_out) for kind, carry_out in PipelineEngine._INSTRUCTION_MAP.items()
+    }
+
+
+def _telling(kind: type[Any], carry_out: Callable[..., None]) -> Callable[..., None]:
+    """An instruction that says so first; the engine counts buffers, so micro-batches are counted here."""
+    what = doing(kind)
+
+    @functools.wraps(carry_out)
+    def run(self: PipelineEngine, *args: Any, **keywords: Any) -> None:
+        counts = self.__dict__.setdefault("lp_counts", Counter())
+        at(what, counts[kind] if "buffer_id" in keywords else None)
+        counts[kind] += 1
+        carry_out(self, *args, **keywords)
+
+    return run

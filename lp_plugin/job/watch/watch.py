@@ -1,0 +1,318 @@
+"""Starting the watch over a job, and ending a rank when it says so."""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import contextlib
+import functools
+import json
+import os
+import secrets
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Coroutine
+from concurrent.futures import CancelledError
+from dataclasses import asdict
+from datetime import timedelta
+from types import FrameType
+from typing import Any, TypeVar
+
+import torch
+
+from lp_plugin.errors import RuntimeEnvironmentError, WorkloadError
+from lp_plugin.job.place import at
+from lp_plugin.job.watch.hub import LINE_BYTES, START_SECONDS, Hub
+from lp_plugin.job.watch.member import Member
+from lp_plugin.job.watch.verdict import Peer, Verdict, own_machine, own_versions
+
+__all__ = ["DEFAULT_TIMEOUT_SECONDS", "EXIT_LOST_PEER", "await_verdict", "check_timeout", "leave", "report", "watch"]
+
+EXIT_LOST_PEER = 75
+"""Exit code of a rank that ends because another one has to."""
+DEFAULT_TIMEOUT_SECONDS = 300.0
+"""For a rank that hangs; one that dies is noticed at once."""
+_FIRST_SECONDS = 0.5
+"""Before a rank ends because of another: a launcher, which looks every 0.1 seconds, must see that one first."""
+_TERM_SECONDS = 1.0
+"""After SIGTERM, which launchers send when a rank has died: for the verdict to come."""
+_REPORT_SECONDS = 2.0
+"""For the hub's answer to a rank that fails."""
+_LEAST_SECONDS, _MOST_SECONDS = 1.0, 86_400.0
+
+_Answer = TypeVar("_Answer")
+
+_watch: Watch | None = None
+
+
+def check_timeout(seconds: float, option: str) -> float:
+    """Refuses a time after which a rank can't be told to hang.
+
+    Raises:
+        WorkloadError: Naming the option.
+    """
+    if not _LEAST_SECONDS <= seconds <= _MOST_SECONDS:
+        raise WorkloadError(
+            f"{option} is {seconds:g} s; give {_LEAST_SECONDS:g} to {_MOST_SECONDS:,.0f} seconds, more than a "
+            "micro-batch takes on the slowest stage."
+        )
+    return seconds
+
+
+def watch(timeout_seconds: float) -> None:
+    """From now on, the job's ranks watch over one another; collective, and nothing for a process alone.
+
+    A rank that dies or hangs, or ends by an exception that nobody handles, ends all: each says where that one was, once
+    per host, and exits with code 75. Nothing happens to those that go on when one ends as it should.
+
+    Raises:
+        RuntimeEnvironmentError: If ranks do not come in time, or have other versions.
+    """
+    global _watch  # noqa: PLW0603 - one process is one rank
+    if _watch is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        _watch = Watch(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), timeout_seconds)
+        _watch.start()
+        atexit.register(leave)
+        sys.excepthook = functools.partial(_unhandled, sys.excepthook)
+
+
+def leave() -> None:
+    """This rank is done, and does not watch any more."""
+    global _watch  # noqa: PLW0603
+    if _watch is not None:
+        _watch.part()
+        _watch = None
+        atexit.unregister(leave)
+
+
+def report(kind: str, text: str) -> bool:
+    """Tells the other ranks that this one ends, so that they end, too.
+
+    Args:
+        kind: ``failed`` or ``interrupted``.
+        text: Why.
+
+    Returns:
+        Whether this is the first rank that has to tell; True if there is no watch.
+    """
+    return _watch is None or _watch.report(kind, text)
+
+
+def await_verdict(seconds: float) -> None:
+    """Gives the watch time to end this process, whose connection to another rank is lost; returns if it does not."""
+    if _watch is not None:
+        time.sleep(seconds)
+
+
+def _unhandled(before: Callable[..., Any], kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    report("interrupted" if kind is KeyboardInterrupt else "failed", f"{kind.__name__}: {error}")
+    before(kind, error, trace)
+
+
+class Watch:
+    """The watching thread of one rank.
+
+    Args:
+        rank: Of this process.
+        world: Ranks of the job.
+        timeout_seconds: For ranks that hang; rank 0's counts.
+    """
+
+    def __init__(self, rank: int, world: int, timeout_seconds: float) -> None:
+        self._world, self._timeout = world, timeout_seconds
+        self._peer = Peer(rank=rank, host=socket.gethostname(), machine=own_machine(), pid=os.getpid())
+        self._roster: tuple[Peer, ...] = ()
+        self._verdict: Verdict | None = None
+        self._ready = threading.Event()
+        self._failure: str | None = None
+        self._hub: Hub | None = None
+        self._agent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+
+    def start(self) -> None:
+        """Returns when all ranks have come.
+
+        Raises:
+            RuntimeEnvironmentError: If they don't.
+        """
+        at("init")
+        versions = own_versions()
+        host, port, token, hub, listening = self._meet()
+        if listening is not None:
+            self._hub = Hub(self._world, self._timeout, token, versions)
+        self._member = Member(
+            self._peer, hub, token, versions, self._timeout, on_verdict=self._end, on_roster=self._everyone_is_there
+        )
+        self._term, self._woken = socket.socketpair()
+        if threading.current_thread() is threading.main_thread():
+            self._woken.setblocking(False)
+            signal.set_wakeup_fd(self._woken.fileno(), warn_on_full_buffer=False)
+            if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+                signal.signal(signal.SIGTERM, _terminated)  # or set_wakeup_fd hears nothing of it
+        self._thread = threading.Thread(target=self._run, args=(host, port, listening), name="watch", daemon=True)
+        self._thread.start()
+        os.register_at_fork(after_in_child=self._forget)
+        self._ready.wait()  # the watch itself ends the process if ranks don't come
+        if self._failure is not None:
+            raise RuntimeEnvironmentError(
+                f"rank {self._peer.rank} can't watch over the job: {self._failure}; check that port {port} of rank 0's "
+                f"host ({host}) can be reached from {self._peer.host}."
+            )
+
+    def part(self) -> None:
+        """Says goodbye; the other ranks go on without this one."""
+        self._ask(self._say_goodbye(), None)
+        self._thread.join(_REPORT_SECONDS)
+        if threading.current_thread() is threading.main_thread():
+            signal.set_wakeup_fd(-1)
+            if signal.getsignal(signal.SIGTERM) is _terminated:
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    def report(self, kind: str, text: str) -> bool:
+        """See `report`."""
+        return self._ask(self._member.report(kind, text), self._verdict is None)
+
+    def _ask(self, question: Coroutine[Any, Any, _Answer], otherwise: _Answer) -> _Answer:
+        """The watching thread's answer, if it still gives one."""
+        try:
+            told = asyncio.run_coroutine_threadsafe(question, self._loop)
+        except RuntimeError:  # the hub has left, and the thread ended
+            question.close()
+            return otherwise
+        until = time.monotonic() + _REPORT_SECONDS
+        while self._thread.is_alive() and time.monotonic() < until:
+            with contextlib.suppress(TimeoutError):
+                try:
+                    return told.result(0.05)
+                except (OSError, CancelledError):
+                    break
+        return otherwise
+
+    def _meet(self) -> tuple[str, int, str, Peer, socket.socket | None]:
+        """Where the hub listens, the job's token, rank 0, and there its socket; through the launcher's store."""
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        first, allowed = self._peer.rank == 0, max(self._timeout, START_SECONDS)
+        key = f"lp_plugin/watch/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+        try:
+            self._store = torch.distributed.TCPStore(
+                address,
+                port,
+                self._world,
+                is_master=first and not agent,
+                timeout=timedelta(seconds=allowed),
+                wait_for_workers=False,
+                multi_tenant=True,
+            )
+            if not first:
+                found = json.loads(self._store.get(key))
+                return address, int(found["port"]), str(found["token"]), Peer(**found["hub"]), None
+            listening = _listen(address)
+            token = secrets.token_hex(16)
+            port = int(listening.getsockname()[1])
+            self._store.set(key, json.dumps({"port": port, "token": token, "hub": asdict(self._peer)}))
+        except (RuntimeError, OSError, ValueError) as error:
+            reason = next(iter(str(error).splitlines()), "")
+            raise RuntimeEnvironmentError(
+                f"rank {self._peer.rank} on {self._peer.host} can't reach rank 0 at {address}:{port} within "
+                f"{allowed:g} s: {reason}; check that all ranks were started, and MASTER_ADDR."
+            ) from None
+        return address, port, token, self._peer, listening
+
+    def _run(self, host: str, port: int, listening: socket.socket | None) -> None:
+        with asyncio.Runner() as runner:
+            self._loop = runner.get_loop()
+            try:
+                runner.run(self._watch(host, port, listening))
+            except OSError as error:
+                self._failure = str(error)
+                self._ready.set()
+
+    async def _watch(self, host: str, port: int, listening: socket.socket | None) -> None:
+        self._tasks = [asyncio.create_task(self._hear_signals()), asyncio.create_task(self._end_with_agent())]
+        if self._hub is not None:
+            await asyncio.start_server(self._hub.serve, sock=listening, limit=LINE_BYTES)
+            self._tasks.append(asyncio.create_task(self._hub.look()))
+        await self._member.run(host, port)
+
+    async def _say_goodbye(self) -> None:
+        if self._hub is not None:
+            await self._hub.part()
+        await self._member.part()
+
+    def _everyone_is_there(self, roster: tuple[Peer, ...]) -> None:
+        self._roster = roster
+        self._ready.set()
+
+    async def _hear_signals(self) -> None:
+        """A launcher sends SIGTERM when a rank has died; the main thread may be where Python can't reach it."""
+        self._term.setblocking(False)
+        while signal.SIGTERM not in await self._loop.sock_recv(self._term, 64):
+            pass
+        await asyncio.sleep(_TERM_SECONDS)  # a verdict would end the process meanwhile
+        if signal.getsignal(signal.SIGTERM) is _terminated:
+            os._exit(128 + signal.SIGTERM)
+
+    async def _end_with_agent(self) -> None:
+        """A torchrun that was killed can't end its ranks."""
+        while self._agent is None or os.getppid() == self._agent:
+            await asyncio.sleep(1.0)
+        os._exit(EXIT_LOST_PEER)
+
+    def _end(self, verdict: Verdict) -> None:
+        """Ends this process, unless it is about to itself; kills a rank of this host that hangs."""
+        if self._verdict is not None:
+            return
+        self._verdict = verdict
+        mine = verdict.peer.rank == self._peer.rank
+        if mine and verdict.kind in {"failed", "interrupted"}:
+            return
+        if verdict.kind == "hung" and not mine:
+            self._kill(verdict.peer)
+        if verdict.kind != "interrupted" and self._speaks(verdict):
+            print(f"rank {self._peer.rank} stops: {verdict}", file=sys.stderr, flush=True)  # noqa: T201
+        if signal.SIGTERM not in _received:
+            time.sleep(_FIRST_SECONDS)
+        os._exit(EXIT_LOST_PEER)
+
+    def _forget(self) -> None:
+        """In a forked process, such as a data loader's: an open connection there would hide this rank's end."""
+        signal.set_wakeup_fd(-1)
+        for each in (*self._member.sockets, *(self._hub.sockets if self._hub else ()), self._term, self._woken):
+            with contextlib.suppress(OSError, AttributeError):
+                os.close(each.fileno())
+
+    def _speaks(self, verdict: Verdict) -> bool:
+        """Whether this rank says why: the first one of each host; a rank that fails has said so on its own host."""
+        if not self._roster:
+            return True
+        here = [peer.rank for peer in self._roster if peer.machine == self._peer.machine]
+        if verdict.kind == "failed" and verdict.peer.rank in here:
+            return False
+        others = [rank for rank in here if rank != verdict.peer.rank]
+        return self._peer.rank == min(others or here)
+
+    def _kill(self, peer: Peer) -> None:
+        """No launcher ends a stopped process soon."""
+        if peer.machine == self._peer.machine:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(peer.pid, signal.SIGKILL)
+
+
+_received: set[int] = set()
+
+
+def _terminated(number: int, frame: FrameType | None) -> None:
+    del frame
+    _received.add(number)
+
+
+def _listen(address: str) -> socket.socket:
+    """A port of rank 0's own address; of all addresses if that is another machine's name for it."""
+    for host in (address, ""):
+        with contextlib.suppress(OSError):
+            family = socket.getaddrinfo(host or "0.0.0.0", None)[0][0]  # noqa: S104
+            return socket.create_server((host, 0), family=family)
+    raise OSError("no port to listen on")
