@@ -87,6 +87,7 @@ def _fork(rank: int, world: int, port: int, entry: Callable[[int], None]) -> tup
         return Ended(rank=rank, pid=pid), read
     code = 1
     try:
+        os.setsid()
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         os.dup2(write, 2)
         os.environ |= {

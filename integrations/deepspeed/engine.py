@@ -69,6 +69,7 @@ def init_distributed(timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS) -> None:
     """
     if not torch.distributed.is_initialized():
         watch(timeout_seconds)
+        at("init")
     cuda = torch.cuda.is_available()
     if cuda:
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))

@@ -22,6 +22,7 @@ import torch
 
 from lp_plugin.errors import LpPluginError, RankFailedError, RuntimeEnvironmentError
 from lp_plugin.job.layout import Layout
+from lp_plugin.job.place import here
 from lp_plugin.job.watch.watch import EXIT_LOST_PEER, await_verdict, report
 
 __all__ = ["join_launcher", "launch_local", "prepare_environment", "run_and_report", "start_job"]
@@ -229,7 +230,9 @@ def run_and_report(entry: Callable[..., Any], *arguments: Any) -> Any:
     except BaseException as error:  # noqa: BLE001 - whatever it is, the other ranks must not hang
         if isinstance(error, RuntimeError) and any(word in str(error).lower() for word in _PEER_GONE):
             _end_without_peer(error)
-        report("failed", f"{type(error).__name__}: {error}")
+        place = here()
+        if report("failed", f"{type(error).__name__}: {error} ({place})"):
+            print(f"rank {os.environ['RANK']} ({place}) failed:", file=sys.stderr)  # noqa: T201
         traceback.print_exc()
         _end(1)
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 __all__ = ["Place", "at", "here", "seconds_here", "set_stage", "set_step"]
 
-WAITING = frozenset({"agree", "drain", "init", "receive", "reduce", "send"})
+WAITING = frozenset({"agree", "drain", "init", "receive", "reduce", "send", "start"})
 """What a rank does while it waits for others; not its fault if it takes long."""
 UNTIMED = frozenset({"", "load", "prepare", "time layers"})
 """What may take as long as it takes: reading files, tokenizing, a script's own code between steps."""

@@ -137,7 +137,7 @@ class Watch:
         Raises:
             RuntimeEnvironmentError: If they don't.
         """
-        at("init")
+        at("start")
         versions = own_versions()
         host, port, token, hub, listening = self._meet()
         if listening is not None:
