@@ -17,7 +17,9 @@
     └── RuntimeEnvironmentError                 the machine or the launch is wrong
         ├── MissingDependencyError              an extra that is not installed
         ├── WorldSizeError                      more or fewer processes than stages
-        └── RankFailedError                     a process of the run died; names the rank
+        ├── RankFailedError                     a process of the run died; names the rank
+        ├── OutOfMemoryError                    a device's memory ran out; says where, and what was predicted
+        └── NotFiniteError                      a stage made values that are not finite; names stage and micro-batch
 
 Each message says what was wrong, the value got, the bound, and the remedy. The command line prints it
 without a traceback and exits with code 2.
@@ -34,6 +36,8 @@ __all__ = [
     "LpPluginError",
     "MissingDependencyError",
     "ModelConfigError",
+    "NotFiniteError",
+    "OutOfMemoryError",
     "PartitionFormatError",
     "PlanFileError",
     "RankFailedError",
@@ -122,3 +126,11 @@ class WorldSizeError(RuntimeEnvironmentError):
 
 class RankFailedError(RuntimeEnvironmentError):
     """A process of the run died; the message names the rank and the signal or exit code."""
+
+
+class OutOfMemoryError(RuntimeEnvironmentError):
+    """A device's memory ran out; the message says where, and what the plan predicted."""
+
+
+class NotFiniteError(RuntimeEnvironmentError):
+    """A stage made values that are not finite of ones that were; the message names stage and micro-batch."""

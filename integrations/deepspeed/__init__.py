@@ -79,4 +79,4 @@ def _settings_of(module: deepspeed.pipe.PipelineModule) -> Settings:
 
 
 install(_settings_of)
-places.install()
+places.install(_settings_of)

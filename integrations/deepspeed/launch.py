@@ -11,7 +11,8 @@ from pathlib import Path
 
 from lp_plugin.errors import DeepSpeedConfigError, InvalidInputError, RuntimeEnvironmentError
 from lp_plugin.integrations.deepspeed import configure
-from lp_plugin.job.watch.watch import DEFAULT_TIMEOUT_SECONDS, leave, report, watch
+from lp_plugin.job.memory import explained
+from lp_plugin.job.watch.watch import leave, report, watch
 
 __all__ = ["config_argument", "launch_script"]
 
@@ -63,7 +64,7 @@ def launch_script(script: str | Path, arguments: Sequence[str]) -> None:
         )
     sys.argv = [str(script), *arguments]
     sys.path.insert(0, str(Path(script).resolve().parent))
-    watch(DEFAULT_TIMEOUT_SECONDS)
+    watch(settings.section.timeout)
     try:
         runpy.run_path(str(script), run_name="__main__")
     except SystemExit as ended:
@@ -75,6 +76,10 @@ def launch_script(script: str | Path, arguments: Sequence[str]) -> None:
         traceback.print_exc()
         raise SystemExit(1) from None
     except BaseException as error:
-        report("interrupted" if isinstance(error, KeyboardInterrupt) else "failed", f"{type(error).__name__}: {error}")
+        exhausted = explained(error)
+        why = f"{type(error).__name__}: {error}" if exhausted is None else str(exhausted)
+        report("interrupted" if isinstance(error, KeyboardInterrupt) else "failed", why)
+        if exhausted is not None:
+            raise exhausted from None
         raise
     leave()

@@ -7,8 +7,11 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
+from lp_plugin.integrations.deepspeed.config import Settings
+from lp_plugin.integrations.deepspeed.finite import FiniteCheck
 from lp_plugin.job.place import at, set_stage, set_step
 
 __all__ = ["doing", "install"]
@@ -40,8 +43,12 @@ def doing(instruction: type[Any]) -> str:
     return _DOING.get(instruction.__name__, instruction.__name__)
 
 
-def install() -> None:
-    """Makes all pipeline engines tell; a second call changes nothing."""
+def install(settings_of: Callable[[PipelineModule], Settings]) -> None:
+    """Makes all pipeline engines tell, and check what they are asked to; a second call changes nothing.
+
+    Args:
+        settings_of: The settings that apply to a module.
+    """
     run_schedule = PipelineEngine._exec_schedule
     if hasattr(run_schedule, "of_lp_plugin"):
         return
@@ -52,8 +59,12 @@ def install() -> None:
         if self.module.training:
             set_step(self.global_steps)
         self.lp_counts = Counter()
+        if "lp_finite" not in self.__dict__:
+            self.lp_finite = FiniteCheck(self) if settings_of(self.module).section.check_finite else None
         run_schedule(self, pipe_schedule)
         at("")
+        if self.lp_finite is not None:
+            self.lp_finite.verify()
 
     _exec_schedule.of_lp_plugin = True  # type: ignore[attr-defined]
     PipelineEngine._exec_schedule = _exec_schedule

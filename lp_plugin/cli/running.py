@@ -39,6 +39,9 @@ def run(
     timeline: Annotated[Path | None, typer.Option(help="Draw what each stage did when (.png, .svg, .pdf).")] = None,
     report: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
     timeout: Annotated[float, typer.Option(help=_TIMEOUT)] = 300.0,
+    check_finite: Annotated[
+        bool, typer.Option("--check-finite", help="Name the first stage and micro-batch whose output is not finite.")
+    ] = False,
 ) -> None:
     """Score documents with a pipelined model; interrupted, the same command goes on where it stopped."""
     require("run", "torch", "deepspeed", "transformers")
@@ -59,6 +62,7 @@ def run(
         cluster=cluster,
         timeline=timeline,
         report=report,
+        check_finite=check_finite,
     )
     score(prepared, output=output, timeline=timeline, report=report, timeout=timeout)
 

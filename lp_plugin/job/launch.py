@@ -22,6 +22,7 @@ import torch
 
 from lp_plugin.errors import LpPluginError, RankFailedError, RuntimeEnvironmentError
 from lp_plugin.job.layout import Layout
+from lp_plugin.job.memory import explained
 from lp_plugin.job.place import here
 from lp_plugin.job.watch.watch import EXIT_LOST_PEER, await_verdict, report
 
@@ -223,11 +224,12 @@ def run_and_report(entry: Callable[..., Any], *arguments: Any) -> Any:
     except KeyboardInterrupt:
         report("interrupted", "interrupted")
         _end(130)
-    except LpPluginError as error:
-        if report("failed", str(error)):
-            print(f"error (rank {os.environ['RANK']}): {error}", file=sys.stderr, flush=True)  # noqa: T201
-        _end(EXIT_ERROR)
     except BaseException as error:  # noqa: BLE001 - whatever it is, the other ranks must not hang
+        deliberate = error if isinstance(error, LpPluginError) else explained(error)
+        if deliberate is not None:
+            if report("failed", str(deliberate)):
+                print(f"error (rank {os.environ['RANK']}): {deliberate}", file=sys.stderr, flush=True)  # noqa: T201
+            _end(EXIT_ERROR)
         if isinstance(error, RuntimeError) and any(word in str(error).lower() for word in _PEER_GONE):
             _end_without_peer(error)
         place = here()

@@ -50,6 +50,8 @@ class ScoreJob:
     """Where the scores go."""
     cluster: Cluster | None
     """Devices and links to plan for; None asks the driver."""
+    check_finite: bool
+    """Whether what crosses between stages is checked."""
     digest: str
     """Names configuration, weights, precision and input."""
 
@@ -68,6 +70,7 @@ def prepare(
     cluster: str | None,
     timeline: str | Path | None,
     report: str | Path | None,
+    check_finite: bool,
 ) -> ScoreJob:
     """Checks everything that can be checked in one process, so that nothing starts in vain.
 
@@ -104,5 +107,6 @@ def prepare(
         max_positions=architecture.max_positions or sys.maxsize,
         output=Path(output),
         cluster=checked_cluster(cluster, layout),
+        check_finite=check_finite,
         digest=hashlib.sha256(f"{model}|{documents.digest}".encode()).hexdigest(),
     )

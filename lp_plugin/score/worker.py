@@ -19,6 +19,7 @@ from lp_plugin.integrations.deepspeed.engine import (
     stage_alone_seconds,
     stage_group,
 )
+from lp_plugin.integrations.deepspeed.finite import FiniteCheck
 from lp_plugin.integrations.transformers.pipeline import HFPipelineModule
 from lp_plugin.job.journal import Journal
 from lp_plugin.job.layout import Layout
@@ -124,7 +125,10 @@ def _run_steps(
     """Every step in turn; rank 0 keeps the journal and shows progress."""
     if progress:
         progress.show_plan(module.lp_plan)
-    runner = StepRunner(_engine(module, steps[0]), timed=True)
+    engine = _engine(module, steps[0])
+    if job.check_finite:
+        engine.lp_finite = FiniteCheck(engine)
+    runner = StepRunner(engine, timed=True)
     at("time layers")
     done.alone_seconds = _alone(module, steps[0])
     if torch.cuda.is_available():

@@ -133,14 +133,23 @@ class Hub:
     async def _report(self, rank: _Rank, kind: Any, text: str) -> None:
         """A rank says that it ends; it is told whether it is the first to."""
         rank.gone = True
-        await _tell(rank, {"first": self._verdict is None})
-        await self._judge(self._about(rank, "interrupted" if kind == "interrupted" else "failed", text))
+        verdict = self._about(rank, "interrupted" if kind == "interrupted" else "failed", text)
+        first = self._decides(verdict)
+        await _tell(rank, {"first": first})
+        if first:
+            await self._tell_all({"verdict": asdict(verdict)})
 
     async def _judge(self, verdict: Verdict) -> None:
         """Tells all ranks, once."""
-        if self._verdict is None:
-            self._verdict = verdict
+        if self._decides(verdict):
             await self._tell_all({"verdict": asdict(verdict)})
+
+    def _decides(self, verdict: Verdict) -> bool:
+        """Whether this is the job's first verdict, which counts."""
+        if self._verdict is not None:
+            return False
+        self._verdict = verdict
+        return True
 
     async def _tell_all(self, message: dict[str, Any]) -> None:
         ready = [rank for rank in self._ranks.values() if not (rank.gone and "beat" in message)]

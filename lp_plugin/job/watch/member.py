@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import time
 from collections.abc import Callable
@@ -84,7 +85,8 @@ class Member:
         if self._writer is not None:
             self._parts = True
             self._writer.write(encode({"bye": True}))
-            await self._writer.drain()
+            with contextlib.suppress(OSError):
+                await self._writer.drain()
             self._writer.close()
 
     async def _hear(self, reader: asyncio.StreamReader) -> bool:

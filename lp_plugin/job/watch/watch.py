@@ -172,7 +172,13 @@ class Watch:
 
     def report(self, kind: str, text: str) -> bool:
         """See `report`."""
-        return self._ask(self._member.report(kind, text), self._verdict is None)
+        return self._ask(self._report(kind, text), True)
+
+    async def _report(self, kind: str, text: str) -> bool:
+        try:
+            return await self._member.report(kind, text)
+        except OSError:  # rank 0 has ended: it had a reason of its own
+            return False
 
     def _ask(self, question: Coroutine[Any, Any, _Answer], otherwise: _Answer) -> _Answer:
         """The watching thread's answer, if it still gives one."""
@@ -186,7 +192,7 @@ class Watch:
             with contextlib.suppress(TimeoutError):
                 try:
                     return told.result(0.05)
-                except (OSError, CancelledError):
+                except CancelledError:  # the hub has left
                     break
         return otherwise
 
