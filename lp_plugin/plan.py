@@ -58,7 +58,8 @@ class Stage:
     activation_bytes: int
     """Input and output of a micro-batch; training: also what waits for the backward passes."""
     buffer_bytes: int
-    """Temporaries at their peak, and the pipeline's second pair of activations."""
+    """Temporaries at their peak, and the pipeline's second pair of activations; in training, what the optimizer's step
+    takes beyond all activations, if that is more."""
     training_bytes: int
     """Gradients and Adam states; 0 unless training."""
     working_set_bytes: int

@@ -9,15 +9,15 @@ import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field, ValidationError
 
 from lp_plugin.errors import PlanFileError, WorkloadError
-from lp_plugin.files import read_text, write_atomically
+from lp_plugin.files import parse_json, read_text, write_atomically
 from lp_plugin.model import ModelProfile
 from lp_plugin.model.architecture import DTYPE_BYTES
 from lp_plugin.objective import Constraints, Objective
 from lp_plugin.plan import LayerFootprint, Plan, Stage
-from lp_plugin.quantity import shown
+from lp_plugin.quantity import is_plain, shown
 from lp_plugin.workload import Workload
 
 __all__ = ["SCHEMA_VERSION", "check_model", "load_plan", "save_plan"]
@@ -25,12 +25,14 @@ __all__ = ["SCHEMA_VERSION", "check_model", "load_plan", "save_plan"]
 SCHEMA_VERSION = 2
 """Raised when a field changes its meaning."""
 
-_MOST_BYTES = 64 * 2**20  # of a file; a plan of 10,000 layers in 1,000 stages has 5 MB
+_MOST_BYTES = 16 * 2**20  # of a file; a plan of 10,000 layers in 1,000 stages has 5 MB
+_MOST_VALUES = 300_000  # in it; of that plan 120,000
+_MOST_PROBLEMS = 1000  # that are made into messages, of which one is shown
 
 
 def _writable(text: str) -> str:
-    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
-        raise PlanFileError("half a surrogate pair can't be written")  # pydantic adds the field
+    if not is_plain(text):
+        raise PlanFileError("control characters and half characters can't be shown")  # pydantic adds the field
     return text
 
 
@@ -57,7 +59,7 @@ class _Layer(_Strict):
 class _Stage(_Strict):
     start: Count
     stop: Count
-    layers: list[Text]
+    layers: Annotated[list[Text], FailFast()]
     device: Text
     tier: Text
     weight_bytes: Count
@@ -84,6 +86,7 @@ class _Workload(_Strict):
     checkpointing: bool
     zero_stage: int
     data_parallel: int
+    float32_gradients: bool = False
 
 
 class _Constraints(_Strict):
@@ -104,12 +107,12 @@ class _PlanFile(_Strict):
     objective: Objective | None
     constraints: _Constraints
     tensor_parallel: Annotated[Count, Field(ge=1)]
-    boundaries: list[Count]
-    stages: list[_Stage]
-    layers: list[_Layer]
+    boundaries: Annotated[list[Count], FailFast()]
+    stages: Annotated[list[_Stage], FailFast()]
+    layers: Annotated[list[_Layer], FailFast()]
     lower_bound_seconds: Seconds
     uniform_seconds: Seconds | None
-    notes: list[Text]
+    notes: Annotated[list[Text], FailFast(), Field(max_length=1000)]
     model_digest: Digest
     cluster_digest: Digest
     workload_digest: Digest
@@ -144,6 +147,8 @@ def load_plan(path: str | Path) -> Plan:
     try:
         parsed = _PlanFile.model_validate(raw)
     except ValidationError as error:
+        if error.error_count() > _MOST_PROBLEMS:
+            raise PlanFileError(f"{file}: {error.error_count():,} values are wrong. Make the plan again.") from None
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "a key"
         where = where if where.isprintable() and len(where) <= 80 else shown(where)
@@ -162,8 +167,8 @@ def _read(file: Path) -> Any:
     except (OSError, ValueError) as error:  # no UTF-8, or no path at all
         raise PlanFileError(f"{file} can't be read: {error}.") from None
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
+        return parse_json(text, _MOST_VALUES)
+    except ValueError as error:
         raise PlanFileError(f"{file} is not valid JSON ({error}); is it truncated? Make the plan again.") from None
 
 

@@ -258,6 +258,8 @@ def _training(workload: Workload) -> str:
         asked.append(replicas)
     if workload.checkpointing:
         asked.append("checkpointing")
+    if workload.float32_gradients:
+        asked.append("gradients summed up in float32")
     return f" with {', '.join(asked)}" if asked else ""
 
 

@@ -52,6 +52,9 @@ class Workload:
     data_parallel: int = 1
     """Training: replicas of the whole pipeline, each with a batch of its own."""
 
+    float32_gradients: bool = False
+    """Training in bfloat16 with ZeRO stage 1: gradients are also summed up in float32."""
+
     def __post_init__(self) -> None:
         if not isinstance(self.phase, str) or self.phase not in get_args(Phase):
             raise WorkloadError(f"phase is {shown(self.phase)}; it must be one of {', '.join(get_args(Phase))}.")
@@ -63,12 +66,14 @@ class Workload:
                 raise WorkloadError(f"{name} is {shown(value)}; it must be a whole number of 1 to {_LARGEST:,}.")
         if not _is_whole(self.zero_stage) or self.zero_stage not in {0, 1}:
             raise WorkloadError(f"zero_stage is {shown(self.zero_stage)}; a pipeline takes 0 or 1.")
-        if not isinstance(self.checkpointing, bool):
-            raise WorkloadError(f"checkpointing is {shown(self.checkpointing)}; it must be True or False.")
-        if self.phase != "train" and (self.checkpointing or self.zero_stage or self.data_parallel > 1):
+        for name in ("checkpointing", "float32_gradients"):
+            if not isinstance(getattr(self, name), bool):
+                raise WorkloadError(f"{name} is {shown(getattr(self, name))}; it must be True or False.")
+        options = (self.checkpointing, self.zero_stage, self.data_parallel > 1, self.float32_gradients)
+        if self.phase != "train" and any(options):
             raise WorkloadError(
-                f"checkpointing, zero_stage and data_parallel belong to training, but the phase is {self.phase}; "
-                "leave them out, or plan for train."
+                "checkpointing, zero_stage, data_parallel and float32_gradients belong to training, but the phase is "
+                f"{self.phase}; leave them out, or plan for train."
             )
         if self.micro_batch is not None and self.micro_batch > self.batch:
             raise WorkloadError(
@@ -109,7 +114,10 @@ class Workload:
     @property
     def digest(self) -> str:
         """SHA-256 of all fields, in hexadecimal."""
-        text = json.dumps(dataclasses.asdict(self), sort_keys=True)
+        fields = dataclasses.asdict(self)
+        if not self.float32_gradients:
+            del fields["float32_gradients"]  # younger than plan files
+        text = json.dumps(fields, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -124,6 +124,7 @@ def random_workload(rng: random.Random) -> Workload:
         training = {
             "checkpointing": rng.random() < 0.5,
             "zero_stage": rng.randrange(2),
+            "float32_gradients": rng.random() < 0.5,
             "data_parallel": rng.choice([1, 2, 4]),
         }
     return Workload(phase=phase, batch=batch, sequence=rng.randint(1, 4), micro_batch=rng.randint(1, batch), **training)

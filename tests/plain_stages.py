@@ -78,6 +78,7 @@ class PlainStages:
         in_and_out = max(self._crossing(index) + self._crossing(index + 1) for index in range(start, stop))
         buffers = max(self._buffer(index) for index in range(start, stop))
         weights, training = self._held(layers)
+        step = self._step(layers)
         in_flight = 0
         if self._train:
             micro_batches = len(range(0, self.workload.batch, self.workload.micro_batch))
@@ -98,8 +99,11 @@ class PlainStages:
             hit = 1 - sum(self._streamed(layer) for layer in layers) / traffic if traffic else 1.0
         elif in_and_out + buffers <= device.tiers[0].usable_bytes and traffic:
             hit = max(1 - self._passes * touched / traffic, 0.0)
+        activations, temporaries = in_and_out + in_flight * saved, in_and_out + buffers
+        if activations + temporaries < step:  # the optimizer's step, when all activations are gone
+            temporaries = step - activations
         left = device.memory.usable_bytes
-        left -= weights + training + in_and_out + in_flight * saved + in_and_out + buffers
+        left -= weights + training + activations + temporaries
         room = INFINITE if left >= 0 else -1
         if left >= 0 and per_sequence:
             room = left // per_sequence
@@ -109,8 +113,8 @@ class PlainStages:
             transfer_seconds=self._transfers(position, start, stop),
             weight_bytes=weights,
             kv_bytes=cache,
-            activation_bytes=in_and_out + in_flight * saved,
-            buffer_bytes=in_and_out + buffers,
+            activation_bytes=activations,
+            buffer_bytes=temporaries,
             training_bytes=training,
             working_set_bytes=working_set,
             traffic_bytes=traffic,
@@ -148,8 +152,15 @@ class PlainStages:
         weights, training = 0, 0
         seen: set[str] = set()
         element = 4 if self.profile.dtype == "float32" else 2
-        # two moments, and master weights beside 16 bit
-        adam = Fraction(8 if element == 4 else 12, self.workload.data_parallel if self.workload.zero_stage else 1)
+        replicas = self.workload.data_parallel
+        # two moments; master weights beside 16 bit, and with ZeRO, which spreads all of them
+        adam = Fraction(8 if element == 4 and not self.workload.zero_stage else 12)
+        if self.workload.zero_stage or self.profile.dtype == "bfloat16":
+            adam /= replicas
+        if self.profile.dtype == "bfloat16" and not self.workload.zero_stage:
+            adam += 2  # what sums up the micro-batches' gradients
+        if self.workload.zero_stage and self.workload.float32_gradients and element == 2:
+            adam += 4
         for layer in layers:
             again = layer.shared_bytes if layer.shared_key in seen else 0
             if layer.shared_key is not None:
@@ -159,6 +170,23 @@ class PlainStages:
                 training += math.ceil(layer.weight_bytes + adam * layer.parameters)
                 training -= math.floor(again + adam * again / element)
         return weights, training
+
+    def _step(self, layers: Sequence[LayerCost]) -> int:
+        """Bytes of gradients in float32, of a replica's share of the parameters; in 16 bits in place of the others."""
+        if not self._train:
+            return 0
+        workload, element = self.workload, 4 if self.profile.dtype == "float32" else 2
+        shares = workload.data_parallel if workload.zero_stage or self.profile.dtype == "bfloat16" else 1
+        each = Fraction(4, shares)
+        if workload.zero_stage and element == 2:
+            each = Fraction(0) if workload.float32_gradients else max(each - 2, Fraction(0))
+        total, seen = 0, set()
+        for layer in layers:
+            total += math.ceil(each * layer.parameters)
+            if layer.shared_key in seen:
+                total -= math.floor(each * layer.shared_bytes / element)
+            seen.add(layer.shared_key or layer.name)
+        return min(total, 2 * 10**9) if element == 4 and not workload.zero_stage else total
 
     def _kept(self, layer: LayerCost) -> int:
         """Bytes of KV cache of one sequence."""

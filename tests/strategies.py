@@ -154,6 +154,7 @@ def workloads(draw: st.DrawFn, *, phase: str | None = None, cut: bool = True, ma
         training = {
             "checkpointing": draw(st.booleans()),
             "zero_stage": draw(st.integers(0, 1)),
+            "float32_gradients": draw(st.booleans()),
             "data_parallel": draw(st.sampled_from([1, 3, 4])),
         }
     return Workload(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -155,11 +156,12 @@ def test_tied_weights_have_one_gradient_and_one_adam_state_in_one_stage() -> Non
 
 def test_training_keeps_more_on_earlier_stages() -> None:
     profile = ModelProfile.from_config({**TIED, "num_hidden_layers": 8, "tie_word_embeddings": False})
-    workload = Workload(phase="train", batch=16, sequence=8, micro_batch=1)
+    tokens = 256  # so many that the optimizer's step takes less than activations
+    workload = Workload(phase="train", batch=16, sequence=tokens, micro_batch=1)
     tables = stage_tables(profile, Cluster.homogeneous("h200", 4), workload)
     run = np.array([2]), np.array([4])  # the same two blocks on each stage
     activations = [float(table.memory(*run).activations[0]) for table in tables]
-    saved = 2 * 8 * profile.layers[2].saved_bytes_per_token
+    saved = 2 * tokens * profile.layers[2].saved_bytes_per_token
     assert saved > 0
     assert np.diff(activations).tolist() == [-saved] * 3
     few = stage_tables(profile, Cluster.homogeneous("h200", 4), dataclasses.replace(workload, batch=2))
@@ -169,7 +171,7 @@ def test_training_keeps_more_on_earlier_stages() -> None:
     forward = stage_tables(profile, Cluster.homogeneous("h200", 4), dataclasses.replace(workload, phase="prefill"))
     assert {float(table.memory(*run).training[0]) for table in forward} == {0.0}
     again = stage_tables(profile, Cluster.homogeneous("h200", 4), dataclasses.replace(workload, checkpointing=True))
-    inputs = 2 * 8 * profile.layers[1].output_bytes_per_token  # all that waits
+    inputs = 2 * tokens * profile.layers[1].output_bytes_per_token  # all that waits
     assert np.diff([table.memory(*run).activations[0] for table in again]).tolist() == [-inputs] * 3
 
 
@@ -181,6 +183,38 @@ def test_zero_stage_1_spreads_the_adam_states_over_replicas() -> None:
         table, start, stop = whole(profile, workload)
         sizes.append(float(table.memory(start, stop).training[0]) / profile.num_parameters)
     assert sizes == [2 + 12, 2 + 12 / 4]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "options", "stays", "step"),
+    [
+        ("float32", {}, 4 + 8, 4),
+        ("float32", {"zero_stage": 1}, 4 + (4 + 8) / 4, 4 / 4),
+        ("float16", {}, 2 + 12, 4),
+        ("bfloat16", {}, 2 + 2 + 12 / 4, 4 / 4),
+        ("float16", {"zero_stage": 1}, 2 + 12 / 4, 0),
+        ("bfloat16", {"zero_stage": 1}, 2 + 12 / 4, 0),
+        ("bfloat16", {"zero_stage": 1, "float32_gradients": True}, 2 + 4 + 12 / 4, 0),
+        ("bfloat16", {"zero_stage": 1, "data_parallel": 1}, 2 + 12, 4 - 2),
+    ],
+)
+def test_training_bytes_per_parameter_are_deepspeeds(
+    dtype: str, options: dict[str, Any], stays: float, step: float
+) -> None:
+    """Gradients, master weights, moments, of 4 replicas; and gradients in float32 for the optimizer's step."""
+    layer = LayerCost(name="one", parameters=1000, weight_bytes=1000 * (4 if dtype == "float32" else 2))
+    profile = ModelProfile(name="one", layers=(layer,), dtype=dtype, input_bytes_per_token=0.0)
+    workload = Workload(phase="train", batch=1, sequence=1, micro_batch=1, **({"data_parallel": 4} | options))
+    table, start, stop = whole(profile, workload)
+    memory = table.memory(start, stop)
+    assert (memory.training[0], memory.activations[0], memory.buffers[0]) == (1000 * stays, 0, 1000 * step)
+
+
+def test_gradients_are_copied_for_their_reduction_two_gigabytes_at_a_time() -> None:
+    layer = LayerCost(name="one", parameters=10**9, weight_bytes=4 * 10**9)
+    profile = ModelProfile(name="one", layers=(layer,), dtype="float32", input_bytes_per_token=0.0)
+    table, start, stop = whole(profile, Workload(phase="train", batch=1, sequence=1, micro_batch=1))
+    assert table.total_bytes(start, stop)[0] == 16 * 10**9 + 2 * 10**9
 
 
 @STEADY

@@ -143,6 +143,10 @@ def test_any_name_of_a_model_device_or_tier_is_shown_as_it_is(name: str) -> None
             {"zero_stage": 1, "data_parallel": 8, "checkpointing": True},
             "train with ZeRO stage 1 over 8 replicas, checkpointing",
         ),
+        (
+            {"zero_stage": 1, "float32_gradients": True},
+            "train with ZeRO stage 1 over 1 replica, gradients summed up in float32",
+        ),
     ],
 )
 def test_a_training_report_says_what_was_asked(asked: dict[str, Any], words: str) -> None:

@@ -59,12 +59,15 @@ def test_zero_stages(value: Any) -> None:
 
 
 @pytest.mark.parametrize("value", [0, 1, "yes", None, math.nan, []], ids=shown)
-def test_checkpointing_is_a_yes_or_no(value: Any) -> None:
-    with pytest.raises(WorkloadError, match=r"checkpointing is .*; it must be True or False"):
-        Workload(phase="train", batch=1, sequence=1, checkpointing=value)
+@pytest.mark.parametrize("name", ["checkpointing", "float32_gradients"])
+def test_what_is_a_yes_or_no(name: str, value: Any) -> None:
+    with pytest.raises(WorkloadError, match=rf"{name} is .*; it must be True or False"):
+        Workload(phase="train", batch=1, sequence=1, **{name: value})
 
 
-@pytest.mark.parametrize("option", [{"checkpointing": True}, {"zero_stage": 1}, {"data_parallel": 2}], ids=str)
+@pytest.mark.parametrize(
+    "option", [{"checkpointing": True}, {"zero_stage": 1}, {"data_parallel": 2}, {"float32_gradients": True}], ids=str
+)
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
 def test_options_of_training_belong_to_training(phase: str, option: dict[str, Any]) -> None:
     assert Workload(phase="train", batch=1, sequence=1, **option)
@@ -97,7 +100,7 @@ def test_phases(phase: Any) -> None:
 def test_digest_covers_every_field() -> None:
     base = {"phase": "prefill", "batch": 8, "sequence": 16, "micro_batch": 2}
     changes = [{}, {"phase": "decode"}, {"batch": 9}, {"sequence": 17}, {"micro_batch": 4}, {"micro_batch": None}]
-    training = [{}, {"checkpointing": True}, {"zero_stage": 1}, {"data_parallel": 2}]
+    training = [{}, {"checkpointing": True}, {"zero_stage": 1}, {"data_parallel": 2}, {"float32_gradients": True}]
     changes += [{"phase": "train", **option} for option in training]
     digests = [Workload(**{**base, **change}).digest for change in changes]
     assert len(set(digests)) == len(changes)

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
 from lp_plugin.errors import DeepSpeedConfigError
 from lp_plugin.objective import Objective
-from lp_plugin.workload import Phase
+from lp_plugin.workload import Phase, Workload
 
 __all__ = ["InputSpec", "Section", "Settings", "read_config", "read_settings"]
 
@@ -49,6 +49,10 @@ class Section(BaseModel):
     """Tokens per sample, for FLOPs and for the inferred input."""
     input: list[InputSpec] | InputSpec | None = None
     """What ``profile`` feeds to the first layer; inferred from an embedding or linear layer if left out."""
+    timeout: Annotated[float, Field(ge=1, le=86_400)] = 300.0
+    """Seconds after which a rank that does not move ends the job, under ``lp-plugin launch``."""
+    check_finite: bool = False
+    """Whether activations and gradients that cross between stages are checked, at the end of each batch."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +69,12 @@ class Settings:
     """From ``fp16`` and ``bf16``."""
     has_optimizer: bool = False
     """Whether the configuration names an optimizer."""
+    zero_stage: int = 0
+    """``zero_optimization.stage``."""
+    checkpointing: bool = False
+    """Whether the ``pipeline`` section's ``activation_checkpoint_interval`` is above 0."""
+    float32_gradients: bool = False
+    """Whether ``data_types.grad_accum_dtype`` is float32, in 16 bits."""
 
     @property
     def method(self) -> str | None:
@@ -75,6 +85,37 @@ class Settings:
     def phase(self) -> Phase:
         """The section's phase, or what the optimizer implies."""
         return self.section.phase or ("train" if self.has_optimizer else "prefill")
+
+    def workload(self, phase: Phase, *, data_parallel: int = 1) -> Workload:
+        """One batch of one pipeline.
+
+        Args:
+            phase: What it is for.
+            data_parallel: Replicas of the pipeline.
+
+        Raises:
+            DeepSpeedConfigError: If ZeRO is to spread gradients or weights, which a pipeline's can't be.
+        """
+        training: dict[str, Any] = {}
+        if phase == "train":
+            if self.zero_stage > 1:
+                raise DeepSpeedConfigError(
+                    f"zero_optimization.stage is {self.zero_stage}; DeepSpeed's pipelines train with stage 0 or 1 "
+                    "(ZeRO-2 and ZeRO-3 spread what a pipeline accumulates or sends); set it to 1."
+                )
+            training = {
+                "zero_stage": self.zero_stage,
+                "data_parallel": data_parallel,
+                "checkpointing": self.checkpointing,
+                "float32_gradients": self.float32_gradients,
+            }
+        return Workload(
+            phase=phase,
+            batch=self.micro_batch * self.num_micro_batches,
+            sequence=self.section.sequence,
+            micro_batch=self.micro_batch,
+            **training,
+        )
 
 
 def read_settings(config: str | Path | Mapping[str, Any]) -> Settings:
@@ -104,6 +145,9 @@ def read_settings(config: str | Path | Mapping[str, Any]) -> Settings:
         num_micro_batches=_positive(content, "gradient_accumulation_steps", where),
         dtype=_dtype(content),
         has_optimizer="optimizer" in content,
+        zero_stage=_from_zero(content, "zero_optimization", "stage", where),
+        checkpointing=_from_zero(content, "pipeline", "activation_checkpoint_interval", where) > 0,
+        float32_gradients=_dtype(content) != "float32" and _has_float32_gradients(content),
     )
 
 
@@ -142,6 +186,20 @@ def _positive(content: Mapping[str, Any], key: str, where: str) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise DeepSpeedConfigError(f"{where}: {key} is {value!r}; it must be a whole number of at least 1.")
     return value
+
+
+def _from_zero(content: Mapping[str, Any], part: str, key: str, where: str) -> int:
+    """A whole number of at least 0 in a part of the configuration; 0 where it is left out."""
+    inside = content.get(part)
+    value = inside.get(key, 0) if isinstance(inside, Mapping) else 0
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise DeepSpeedConfigError(f"{where}: {part}.{key} is {value!r}; it must be a whole number of at least 0.")
+    return value
+
+
+def _has_float32_gradients(content: Mapping[str, Any]) -> bool:
+    types = content.get("data_types")
+    return isinstance(types, Mapping) and types.get("grad_accum_dtype") in {"fp32", "float32", "float", "torch.float32"}
 
 
 def _dtype(content: Mapping[str, Any]) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from lp_plugin.errors import DeepSpeedConfigError, InvalidInputError, RuntimeEnvironmentError
 from lp_plugin.integrations.deepspeed import configure
 from lp_plugin.job.memory import explained
-from lp_plugin.job.watch.watch import leave, report, watch
+from lp_plugin.job.watch.watch import announce, leave, report, watch
 
 __all__ = ["config_argument", "launch_script"]
 
@@ -72,14 +72,14 @@ def launch_script(script: str | Path, arguments: Sequence[str]) -> None:
             report("failed", f"the script ended with {ended.code!r}.")
         raise
     except EOFError as error:  # say what it was: typer would take it for a closed terminal and print "Aborted."
-        report("failed", f"{type(error).__name__}: {error}")
+        announce(error)
         traceback.print_exc()
         raise SystemExit(1) from None
     except BaseException as error:
         exhausted = explained(error)
-        why = f"{type(error).__name__}: {error}" if exhausted is None else str(exhausted)
-        report("interrupted" if isinstance(error, KeyboardInterrupt) else "failed", why)
         if exhausted is not None:
+            report("failed", str(exhausted))
             raise exhausted from None
+        announce(error)
         raise
     leave()

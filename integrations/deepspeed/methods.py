@@ -26,16 +26,17 @@ from lp_plugin.errors import DeepSpeedConfigError, PlanFileError, RuntimeEnviron
 from lp_plugin.hardware import Cluster
 from lp_plugin.hardware.catalogue import load_link, load_network
 from lp_plugin.hardware.device import Device, slower_link
+from lp_plugin.integrations.deepspeed.agreement import check_same, plan_digest
 from lp_plugin.integrations.deepspeed.config import Settings
 from lp_plugin.integrations.deepspeed.layers import build_layer, distinct_numbers, profile_layers, undisturbed_random
 from lp_plugin.integrations.deepspeed.sample import sample_input
+from lp_plugin.job.memory import expect
 from lp_plugin.measure.device import detect_device
 from lp_plugin.measure.layers import LayerFailedError, LayerSeconds, time_layers
 from lp_plugin.model import ModelProfile
 from lp_plugin.plan import Plan
 from lp_plugin.planfile import load_plan
 from lp_plugin.planner import make_plan
-from lp_plugin.workload import Workload
 
 __all__ = ["decide", "detected_cluster", "install", "timed_profile", "timing_share"]
 
@@ -58,6 +59,7 @@ def install(settings_of: Callable[[PipelineModule], Settings]) -> None:
         if plan is None:
             original(self, method=chosen)
             return
+        check_same({"plan": plan_digest(plan)}, "give all hosts the same configuration and plan file.")
         self.lp_plan = plan
         self.parts = list(plan.boundaries)
         if self.global_rank == 0:
@@ -65,6 +67,7 @@ def install(settings_of: Callable[[PipelineModule], Settings]) -> None:
             for note in plan.notes:
                 logger.info(f"lp_plugin: {note}")
         stage = self._topo.get_coord(self.global_rank).pipe
+        expect(plan, stage)
         self._set_bounds(start=self.parts[stage], stop=self.parts[stage + 1])
 
     _partition_layers.of_lp_plugin = True  # type: ignore[attr-defined]
@@ -77,20 +80,17 @@ def decide(module: PipelineModule, method: str, settings: Settings) -> Plan | No
     Raises:
         PlanFileError: If a plan file does not fit the module.
         InfeasibleError, WorkloadError, HardwareError: From the planner.
-        DeepSpeedConfigError: If ``profile`` can't tell what the first layer takes.
+        DeepSpeedConfigError: If ``profile`` can't tell what the first layer takes; if ZeRO is above stage 1.
     """
     if method.lower().startswith("plan:"):
         return _plan_from_file(method[len("plan:") :], module)
     if method.lower() not in {"cache-aware", "profile"}:
         return None
-    profile = profile_layers(module._layer_specs, settings.dtype)
     has_loss = settings.section.phase is None and module.loss_fn is not None
-    workload = Workload(
-        phase="train" if has_loss else settings.phase,
-        batch=settings.micro_batch * settings.num_micro_batches,
-        sequence=settings.section.sequence,
-        micro_batch=settings.micro_batch,
+    workload = settings.workload(
+        "train" if has_loss else settings.phase, data_parallel=module._topo.get_dim("data") or 1
     )
+    profile = profile_layers(module._layer_specs, settings.dtype)
     if module.global_rank == 0:
         logger.info(f"lp_plugin: planning for {workload.phase} in {settings.dtype}, micro-batch {settings.micro_batch}")
     cluster = detected_cluster(module._topo, settings.section.device)

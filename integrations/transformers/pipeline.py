@@ -16,11 +16,14 @@ from transformers import AutoConfig
 
 from lp_plugin.errors import InfeasibleError, PlanFileError, WorldSizeError
 from lp_plugin.hardware import Cluster
+from lp_plugin.integrations.deepspeed.agreement import check_same, plan_digest
 from lp_plugin.integrations.deepspeed.methods import detected_cluster, timed_profile, timing_share
 from lp_plugin.integrations.transformers.decoder import DecoderStage
+from lp_plugin.integrations.transformers.fingerprint import model_digest
 from lp_plugin.integrations.transformers.materialize import materialize, randomize
 from lp_plugin.integrations.transformers.tensor_parallel import shard_stage
 from lp_plugin.integrations.transformers.weights import check_checkpoint, load_stage
+from lp_plugin.job.memory import expect
 from lp_plugin.job.place import at, set_stage
 from lp_plugin.model import ModelProfile
 from lp_plugin.objective import Objective
@@ -104,11 +107,8 @@ class HFPipelineModule(PipelineModule):
         if tensor_parallel > 1:
             shape = (num_stages, data_parallel, tensor_parallel)
             self._lp_mesh = init_device_mesh(get_accelerator().device_name(), shape, mesh_dim_names=("pp", "dp", "tp"))
-        specs = [
-            LayerSpec(DecoderStage, self.hf_config, index, index + 1) for index in range(self.lp_profile.num_layers)
-        ]
         topology = PipeModelDataParallelTopology(num_pp=num_stages, num_mp=tensor_parallel, num_dp=data_parallel)
-        super().__init__(specs, topology=topology, loss_fn=loss_fn, partition_method=partition_method)
+        super().__init__(self._specs(), topology=topology, loss_fn=loss_fn, partition_method=partition_method)
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -132,14 +132,30 @@ class HFPipelineModule(PipelineModule):
 
         return run
 
+    def _specs(self) -> list[LayerSpec]:
+        """One per layer, for what counts layers; `_build` makes a whole stage."""
+        count = self.lp_profile.num_layers
+        return [LayerSpec(DecoderStage, self.hf_config, index, index + 1) for index in range(count)]
+
     def _partition_layers(self, method: str = "profile") -> None:
         size = self.lp_profile.tensor_parallel
         self.lp_cluster = self._lp_wanted_cluster or detected_cluster(self._topo, "auto", tensor_parallel=size)
         given = self._lp_given
         self.lp_plan = self._new_plan(method) if given is None else self._checked(given)
+        self._settle()
+
+    def _settle(self) -> None:
+        """Uses the plan, once all ranks have the same one; what comes next is loading."""
+        check_same(
+            {"plan": plan_digest(self.lp_plan), f"model in {self.directory}": model_digest(self.directory)},
+            "give all hosts the same files.",
+        )
         self.parts = list(self.lp_plan.boundaries)
         stage = self._topo.get_coord(self.global_rank).pipe
+        expect(self.lp_plan, stage)
         self._set_bounds(start=self.parts[stage], stop=self.parts[stage + 1])
+        set_stage(stage)
+        at("load")
 
     def _checked(self, plan: Plan) -> Plan:
         """The plan, predicted again for these devices if it was made for others; refused if it can't hold the rows."""
@@ -184,7 +200,7 @@ class HFPipelineModule(PipelineModule):
             numbers,
             self._timing_layer,
             torch.randint(self.hf_config.vocab_size, shape, device=self.device),
-            training=False,
+            training=self.lp_workload.phase == "train",
             measured_on=self.lp_cluster.devices[0],
             share=timing_share(self, self.lp_cluster),
         )
@@ -193,7 +209,7 @@ class HFPipelineModule(PipelineModule):
         stage = self._make_stage(index, index + 1)
         materialize(stage, self.device, self.torch_dtype)
         randomize(stage)
-        stage.eval()
+        stage.requires_grad_(self.lp_workload.phase == "train").eval()
         return self.with_loss(stage) if stage.has_head else stage
 
     def _check_files(self, head: bool) -> None:
@@ -205,8 +221,6 @@ class HFPipelineModule(PipelineModule):
         load_stage(stage, self.directory, self.device, self.torch_dtype)
 
     def _build(self) -> None:
-        set_stage(self.stage_id)
-        at("load")
         stage = self._make_stage(self._local_start, self._local_stop)
         self._load(stage)
         stage.eval()

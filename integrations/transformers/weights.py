@@ -14,7 +14,7 @@ from lp_plugin.integrations.transformers.materialize import materialize
 from lp_plugin.integrations.transformers.runnable import ENCODERS
 from lp_plugin.integrations.transformers.tensor_parallel import Cut
 
-__all__ = ["check_checkpoint", "load_stage"]
+__all__ = ["check_checkpoint", "is_tied", "load_stage"]
 
 
 def check_checkpoint(config: PretrainedConfig, directory: str | Path, *, head: bool = True) -> None:
@@ -59,6 +59,22 @@ def load_stage(stage: DecoderStage, directory: str | Path, device: torch.device 
     stage.model._weight_conversions = list(layout.conversions)  # what `revert_weight_conversion` reverts
 
 
+def is_tied(config: PretrainedConfig, directory: str | Path) -> bool:
+    """Whether head and embedding are one matrix: as configured, unless the checkpoint holds two different ones.
+
+    Args:
+        config: The whole model's configuration.
+        directory: The model directory.
+
+    Raises:
+        WeightsError: As `check_checkpoint`.
+    """
+    if not config.tie_word_embeddings:
+        return False
+    layout = _layout(config, directory, head=True)
+    return all(_same(layout, *pair) for pair in layout.tied.items())
+
+
 def _layout(config: PretrainedConfig, directory: str | Path, *, head: bool) -> Layout:
     """How the checkpoint fills the whole model."""
     model = _whole(config)
@@ -74,8 +90,8 @@ def _whole(config: PretrainedConfig) -> PreTrainedModel:
     """The whole model, without memory."""
     with torch.device("meta"):
         if config.model_type in ENCODERS:
-            return AutoModel.from_config(config, add_pooling_layer=False)
-        return AutoModelForCausalLM.from_config(config)
+            return AutoModel.from_config(config, add_pooling_layer=False, trust_remote_code=False)
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
 def _same(layout: Layout, head: str, embedding: str) -> bool:

@@ -23,8 +23,7 @@ import torch
 from lp_plugin.errors import LpPluginError, RankFailedError, RuntimeEnvironmentError
 from lp_plugin.job.layout import Layout
 from lp_plugin.job.memory import explained
-from lp_plugin.job.place import here
-from lp_plugin.job.watch.watch import EXIT_LOST_PEER, await_verdict, report
+from lp_plugin.job.watch.watch import EXIT_LOST_PEER, announce, await_verdict, lost_peer, report
 
 __all__ = ["join_launcher", "launch_local", "prepare_environment", "run_and_report", "start_job"]
 
@@ -36,9 +35,6 @@ _HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 """By torchrun's library while it runs processes."""
 _MOST_PROCESSES_PER_CORE = 16
 """Without GPUs; each takes half a gigabyte before it has done anything."""
-_VERDICT_SECONDS = 2.0
-"""For the watch to say which rank a connection was lost to."""
-_PEER_GONE = ("connection closed", "connection reset", "socket", "gloo", "nccl", "broken pipe", "timed out")
 
 
 class Job(Protocol):
@@ -230,20 +226,18 @@ def run_and_report(entry: Callable[..., Any], *arguments: Any) -> Any:
             if report("failed", str(deliberate)):
                 print(f"error (rank {os.environ['RANK']}): {deliberate}", file=sys.stderr, flush=True)  # noqa: T201
             _end(EXIT_ERROR)
-        if isinstance(error, RuntimeError) and any(word in str(error).lower() for word in _PEER_GONE):
+        if lost_peer(error):
             _end_without_peer(error)
-        place = here()
-        if report("failed", f"{type(error).__name__}: {error} ({place})"):
-            print(f"rank {os.environ['RANK']} ({place}) failed:", file=sys.stderr)  # noqa: T201
+        announce(error)
         traceback.print_exc()
         _end(1)
 
 
-def _end_without_peer(error: RuntimeError) -> None:
+def _end_without_peer(error: BaseException) -> None:
     """Ends a rank that lost its connection; says so only if no other rank has had an error to report."""
     joined = torch.distributed.is_initialized()
     if joined:
-        await_verdict(_VERDICT_SECONDS)
+        await_verdict()
     what = "lost the connection to another rank" if joined else "can't reach the other ranks"
     reason = f"{what}: {next(iter(str(error).splitlines()), '')}"
     if report("failed", reason):

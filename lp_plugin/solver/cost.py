@@ -4,7 +4,7 @@ A stage takes the sum of its layers plus the time to receive its input and to se
 point-to-point calls block, so neither overlaps with compute. How fast a layer is depends on the tier that the whole
 stage lives in: the fastest one that holds its working set. So the time of a stage is a function of its run of layers,
 not a sum over them. Memory is the sum of what stays (weights, KV cache, training state, activations that wait for
-their backward pass) and the largest of what comes and goes (activations, buffers).
+their backward pass) and the largest of what comes and goes (activations, buffers; in training, the optimizer's step).
 
 All seconds lie on a common grid (2^-50 of everything together), on which sums of stages are exact: equal stages
 compare as equal, whatever order their layers were added up in.
@@ -85,7 +85,8 @@ class StageTable:
         )
         self._weights, self._kv = prefix_sums(table.weights), prefix_sums(table.kv_cache)
         self._training, self._saved = prefix_sums(table.training), in_flight * prefix_sums(table.saved)
-        self._stays = self._weights + self._kv + self._training + self._saved
+        self._stays = self._weights + self._kv + self._training
+        self._step = prefix_sums(table.step)
         self._kv_per_sequence = prefix_sums(table.kv_per_sequence)
         self._touched, self._traffic = prefix_sums(table.touched), prefix_sums(table.traffic)
         self._streamed = prefix_sums(table.streamed)
@@ -93,27 +94,41 @@ class StageTable:
     def memory(self, starts: IntArray, stops: IntArray) -> StageBytes:
         """Bytes on the device by kind."""
         in_out, buffers = self.table.peaks(starts, stops)
-        shared, state = self._shared(starts, stops)
+        shared, state, step = self._shared(starts, stops)
+        activations = in_out + _between(self._saved, starts, stops)
         return StageBytes(
             weights=_between(self._weights, starts, stops) - shared,
             kv_cache=_between(self._kv, starts, stops),
             training=_between(self._training, starts, stops) - state,
-            activations=in_out + _between(self._saved, starts, stops),
-            buffers=in_out + buffers,  # the pipeline keeps a second pair of activations
+            activations=activations,
+            # the pipeline keeps a second pair of activations
+            buffers=np.maximum(in_out + buffers, self._step_bytes(starts, stops, step) - activations),
         )
 
     def total_bytes(self, starts: IntArray, stops: IntArray) -> FloatArray:
         """All bytes on the device: the sum of `memory`, in fewer steps."""
-        shared, state = self._shared(starts, stops)
+        shared, state, step = self._shared(starts, stops)
         in_out, buffers = self.table.peaks(starts, stops)
-        return np.asarray(_between(self._stays, starts, stops) - shared - state + 2 * in_out + buffers)
+        stays = _between(self._stays, starts, stops) - shared - state
+        goes = _between(self._saved, starts, stops) + 2 * in_out + buffers
+        if not self.table.is_training:
+            return np.asarray(stays + goes)
+        return np.asarray(stays + np.maximum(goes, self._step_bytes(starts, stops, step)))
 
-    def _shared(self, starts: IntArray, stops: IntArray) -> tuple[FloatArray, FloatArray]:
-        shared, state = np.zeros(np.shape(stops)), np.zeros(np.shape(stops))
-        for first, second, num_bytes, num_state_bytes in self.table.shared_pairs:
+    def _step_bytes(self, starts: IntArray, stops: IntArray, shared: FloatArray) -> FloatArray:
+        return np.minimum(_between(self._step, starts, stops) - shared, self.table.largest_step)
+
+    def _shared(self, starts: IntArray, stops: IntArray) -> tuple[FloatArray, FloatArray, FloatArray]:
+        """Bytes of weights, training state and optimizer step that are counted twice."""
+        shared, state, step = (np.zeros(np.shape(stops)) for _ in range(3))
+        for first, second, num_bytes, num_state_bytes, num_step_bytes in self.table.shared_pairs:
             both = (starts <= first) & (stops > second)
-            shared, state = shared + num_bytes * both, state + num_state_bytes * both
-        return shared, state
+            shared, state, step = (
+                shared + num_bytes * both,
+                state + num_state_bytes * both,
+                step + num_step_bytes * both,
+            )
+        return shared, state, step
 
     def room(self, starts: IntArray, stops: IntArray) -> FloatArray:
         """Sequences of the workload's length whose KV cache fits beside everything else; negative if not even that.

@@ -26,6 +26,9 @@ __all__ = ["FloatArray", "IntArray", "LayerTable", "RangeMax", "attention_pairs"
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 
+_BUCKET_BYTES = 2 * 10**9
+"""Of gradients that DeepSpeed's engine copies together to reduce them: 500 million in float32."""
+
 _LAUNCHES = {"block": 1.0, "attention": 0.5, "mlp": 0.5}
 """Share of a transformer block's launch overhead by kind of layer; others have next to none."""
 
@@ -104,6 +107,8 @@ class LayerTable:
         cuts: Bytes of the activation that crosses each cut, the model's input and output included;
             [num_layers + 1].
         training: Bytes of gradients and Adam states; [num_layers], zero unless training.
+        step: Bytes that the optimizer's step takes for a while, when no activations are left; [num_layers], zero unless
+            training. A stage's are at most ``largest_step``.
         saved: Bytes kept per micro-batch in flight for its backward pass; [num_layers], zero unless training.
         recomputed: Bytes that a checkpointed layer keeps while it runs backward; [num_layers], zero otherwise.
     """
@@ -118,6 +123,7 @@ class LayerTable:
         self._checkpointing = workload.checkpointing and self.is_training
         active = [float(not (workload.phase == "decode" and layer.runs_once)) for layer in self.layers]
         self._active = np.asarray(active)
+        self.largest_step = math.inf
         self._count_work(workload)
         self._count_memory(profile, workload)
         self.measured = _column([_measured(layer, self.passes) for layer in self.layers])
@@ -162,13 +168,14 @@ class LayerTable:
         outputs = np.ceil(active * _column([layer.output_bytes_per_token * tokens for layer in layers]))
         self.cuts = np.concatenate([[np.ceil(active[0] * profile.input_bytes_per_token * tokens)], outputs])
         if not self.is_training:
-            self.training = self.saved = self.recomputed = nothing
-            self._state_per_parameter = 0.0
+            self.training = self.saved = self.recomputed = self.step = nothing
+            self._state_per_parameter = self._step_per_parameter = 0.0
             return
-        # Adam in float32: two moments, and master weights beside 16-bit ones; ZeRO stage 1 spreads them over replicas
-        per_parameter = 12 if DTYPE_BYTES[profile.dtype] == 2 else 8
-        self._state_per_parameter = per_parameter / (workload.data_parallel if workload.zero_stage else 1)
+        self._state_per_parameter, self._step_per_parameter = _training_bytes(profile.dtype, workload)
+        if profile.dtype == "float32" and not workload.zero_stage:
+            self.largest_step = float(_BUCKET_BYTES)
         state = _column([layer.weight_bytes + self._state_per_parameter * layer.parameters for layer in layers])
+        self.step = np.ceil(_column([self._step_per_parameter * layer.parameters for layer in layers]))
         saved = np.ceil(_column([layer.saved_bytes_per_token * tokens for layer in layers]))
         self.training = np.ceil(state)
         self.saved = self.cuts[:-1] if self._checkpointing else saved
@@ -226,19 +233,43 @@ class LayerTable:
         return RangeMax(self.cuts[:-1] + self.cuts[1:], self.buffers + self.recomputed)
 
     @cached_property
-    def shared_pairs(self) -> list[tuple[int, int, int, int]]:
-        """(layer, next layer with the same key, shared bytes, their training state): once if a stage holds both."""
+    def shared_pairs(self) -> list[tuple[int, int, int, int, int]]:
+        """(layer, next one with the same key, shared bytes, their training state, step): once if a stage holds both."""
         last: dict[str, int] = {}
         pairs = []
-        per_byte = 1 + self._state_per_parameter / DTYPE_BYTES[self._dtype] if self.is_training else 0.0
+        size = DTYPE_BYTES[self._dtype]
+        per_byte = 1 + self._state_per_parameter / size if self.is_training else 0.0
         for index, layer in enumerate(self.layers):
             if layer.shared_key is None:
                 continue
             if layer.shared_key in last:
                 state = math.floor(layer.shared_bytes * per_byte)
-                pairs.append((last[layer.shared_key], index, layer.shared_bytes, state))
+                step = math.floor(layer.shared_bytes * self._step_per_parameter / size)
+                pairs.append((last[layer.shared_key], index, layer.shared_bytes, state, step))
             last[layer.shared_key] = index
         return pairs
+
+
+def _training_bytes(dtype: str, workload: Workload) -> tuple[float, float]:
+    """(stays, comes and goes in the optimizer's step) per parameter, beside its weight and a gradient in its precision.
+
+    Adam's two moments in float32, and master weights beside 16-bit ones. With ZeRO stage 1 there are master weights in
+    float32 too, and all of it is spread over the replicas. In bfloat16 it always is, and without ZeRO a second gradient
+    sums up the micro-batches'. The step needs gradients in float32, for its share of the parameters. Not counted are
+    the temporaries of an Adam that is not fused.
+
+    Source:
+        DeepSpeed 0.19.8: ``runtime/bf16_optimizer.py``, ``zero/stage_1_and_2.py``, ``fp16/fused_optimizer.py``,
+        ``engine.py`` (``allreduce_no_retain``); allocations of each recorded.
+    """
+    replicas, zero = workload.data_parallel, workload.zero_stage
+    if dtype == "float32":
+        return (12 / replicas, 4 / replicas) if zero else (8.0, 4.0)
+    if not zero:
+        return (2 + 12 / replicas, 4 / replicas) if dtype == "bfloat16" else (12.0, 4.0)
+    if workload.float32_gradients:
+        return 4 + 12 / replicas, 0.0
+    return 12 / replicas, max(4 / replicas - 2, 0.0)  # the 16-bit gradients are gone by then
 
 
 def _experts_read(layer: LayerCost, tokens: int) -> float:

@@ -19,7 +19,7 @@ from forked import run_ranks
 
 # everything that ranks import, so that forked ones need not; nothing here starts a thread or a GPU's context
 import lp_plugin.generate.worker
-import lp_plugin.integrations.transformers
+import lp_plugin.integrations.transformers.training
 import lp_plugin.score.worker  # noqa: F401
 from lp_plugin import Cluster, ModelProfile, Workload, cli, make_plan, save_plan
 
@@ -61,7 +61,7 @@ class Job:
     """A command that can be started again.
 
     Args:
-        arguments: Of ``lp-plugin``, for a folder and a number of ranks.
+        arguments: Of ``lp-plugin``, for a folder, a number of ranks and a timeout in seconds.
         output: Name of its output in the folder.
         same: Whether two results of the same document are the same.
         without: Places that the first and the last rank never come to.
@@ -69,7 +69,7 @@ class Job:
 
     def __init__(
         self,
-        arguments: Callable[[Path, int], list[Any]],
+        arguments: Callable[[Path, int, float], list[Any]],
         output: str,
         same: Callable[[dict[str, Any], dict[str, Any]], bool],
         without: tuple[str | None, str | None],
@@ -79,13 +79,14 @@ class Job:
     def run(self, folder: Path, timeout: float) -> None:
         """One rank, in a launcher's environment; ends by SystemExit."""
         ranks = int(os.environ["WORLD_SIZE"])
-        sys.argv = ["lp-plugin", *map(str, self._arguments(folder, ranks)), "--timeout", str(timeout)]
+        sys.argv = ["lp-plugin", *map(str, self._arguments(folder, ranks, timeout))]
         cli.main()
 
     def reference(self, ranks: int, timeout: float) -> list[dict[str, Any]]:
         """The output of a run without a fault."""
-        plan("prefill", ranks)
+        plan("prefill", ranks)  # made once, not by every rank
         plan("decode", ranks)
+        self._arguments(shared(), ranks, timeout)
         with tempfile.TemporaryDirectory() as folder:
             ended = run_ranks(ranks, lambda _: self.run(Path(folder), timeout))
             if any(each.code for each in ended):
@@ -110,15 +111,43 @@ class Job:
         return [json.loads(line) for line in (folder / self._output).read_text(encoding="utf-8").splitlines()]
 
 
-def _score(folder: Path, ranks: int) -> list[Any]:
+def _score(folder: Path, ranks: int, timeout: float) -> list[Any]:
     files = ("--input", shared() / "documents.jsonl", "--output", folder / "scores.jsonl")
-    return ["run", shared() / "model", *files, "--plan", plan("prefill", ranks), "--micro-batch", 2]
+    return [
+        "run",
+        shared() / "model",
+        *files,
+        "--plan",
+        plan("prefill", ranks),
+        "--micro-batch",
+        2,
+        "--timeout",
+        timeout,
+    ]
 
 
-def _generate(folder: Path, ranks: int) -> list[Any]:
+def _generate(folder: Path, ranks: int, timeout: float) -> list[Any]:
     files = ("--prompts", shared() / "prompts.jsonl", "--output", folder / "texts.jsonl")
-    new = ("--max-new-tokens", 6, "--micro-batch", 2)
+    new = ("--max-new-tokens", 6, "--micro-batch", 2, "--timeout", timeout)
     return ["generate", shared() / "model", *files, "--plan", plan("decode", ranks), *new]
+
+
+def _train(folder: Path, ranks: int, timeout: float) -> list[Any]:
+    del ranks
+    config = shared() / "ds.json"
+    content = {
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_accumulation_steps": 4,
+        "steps_per_print": 10**6,
+        "optimizer": {"type": "Adam", "params": {"lr": 1e-3, "torch_adam": True}},
+        "zero_optimization": {"stage": 1, "reduce_bucket_size": 10**6},
+        "checkpoint": {"load_universal": True},
+        "lp_plugin": {"method": "cache-aware", "timeout": timeout},
+    }
+    if not config.exists():
+        config.write_text(json.dumps(content), encoding="utf-8")
+    script = Path(__file__).with_name("fault_training.py")
+    return ["launch", script, shared() / "model", folder, "--deepspeed_config", config]
 
 
 JOBS = {
@@ -129,4 +158,10 @@ JOBS = {
         ("receive", "send"),
     ),
     "generate": Job(_generate, "texts.jsonl", lambda one, other: one == other, (None, None)),
+    "train": Job(
+        _train,
+        "losses.jsonl",
+        lambda one, other: math.isclose(one["loss"], other["loss"], rel_tol=1e-5),
+        (None, None),
+    ),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -75,6 +76,8 @@ CUTS = {
 """World size -> boundaries of 5 blocks' 8 layers: embedding alone, norm and head alone, uneven blocks."""
 PADDINGS = ("none", "right", "left")
 ROWS, TOKENS, MICRO_BATCHES = 3, 20, 5
+MICRO_BATCH_ROWS = 2
+"""Of a micro-batch in training."""
 
 
 def make_config(family: str, num_blocks: int, **changes: Any) -> PretrainedConfig:
@@ -106,3 +109,11 @@ def make_batch(padding: str, number: int) -> tuple[torch.Tensor, torch.Tensor | 
         if missing:
             mask[row, slice(-missing, None) if padding == "right" else slice(missing)] = 0
     return ids, mask
+
+
+def training_micro_batches() -> Iterator[torch.Tensor]:
+    """Endless, always the same: token ids of which each follows from the one before: there is something to learn."""
+    generator = torch.Generator().manual_seed(3)
+    while True:
+        first = torch.randint(VOCABULARY, (MICRO_BATCH_ROWS, 1), generator=generator)
+        yield (first + 7 * torch.arange(16)) % VOCABULARY

@@ -24,12 +24,22 @@ from typing import Any, TypeVar
 import torch
 
 from lp_plugin.errors import RuntimeEnvironmentError, WorkloadError
-from lp_plugin.job.place import at
+from lp_plugin.job.place import at, here
 from lp_plugin.job.watch.hub import LINE_BYTES, START_SECONDS, Hub
 from lp_plugin.job.watch.member import Member
 from lp_plugin.job.watch.verdict import Peer, Verdict, own_machine, own_versions
 
-__all__ = ["DEFAULT_TIMEOUT_SECONDS", "EXIT_LOST_PEER", "await_verdict", "check_timeout", "leave", "report", "watch"]
+__all__ = [
+    "DEFAULT_TIMEOUT_SECONDS",
+    "EXIT_LOST_PEER",
+    "announce",
+    "await_verdict",
+    "check_timeout",
+    "leave",
+    "lost_peer",
+    "report",
+    "watch",
+]
 
 EXIT_LOST_PEER = 75
 """Exit code of a rank that ends because another one has to."""
@@ -41,6 +51,9 @@ _TERM_SECONDS = 1.0
 """After SIGTERM, which launchers send when a rank has died: for the verdict to come."""
 _REPORT_SECONDS = 2.0
 """For the hub's answer to a rank that fails."""
+_VERDICT_SECONDS = 2.0
+"""For the verdict on the rank that a connection was lost to."""
+_PEER_GONE = ("connection closed", "connection reset", "socket", "gloo", "nccl", "broken pipe", "timed out")
 _LEAST_SECONDS, _MOST_SECONDS = 1.0, 86_400.0
 
 _Answer = TypeVar("_Answer")
@@ -101,14 +114,35 @@ def report(kind: str, text: str) -> bool:
     return _watch is None or _watch.report(kind, text)
 
 
-def await_verdict(seconds: float) -> None:
+def announce(error: BaseException) -> None:
+    """Tells the other ranks of an error that ends this one, and, if it is the first, says where it was.
+
+    If the error is that the connection to another rank is lost, the watch has two seconds to end this process, naming
+    that rank.
+    """
+    if isinstance(error, KeyboardInterrupt):
+        report("interrupted", "interrupted")
+        return
+    if lost_peer(error):
+        await_verdict()
+    place = here()
+    if report("failed", f"{type(error).__name__}: {error} ({place})"):
+        print(f"rank {os.environ.get('RANK', '0')} ({place}) failed:", file=sys.stderr, flush=True)  # noqa: T201
+
+
+def lost_peer(error: BaseException) -> bool:
+    """Whether an error is that another rank's connection has ended."""
+    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in _PEER_GONE)
+
+
+def await_verdict() -> None:
     """Gives the watch time to end this process, whose connection to another rank is lost; returns if it does not."""
     if _watch is not None:
-        time.sleep(seconds)
+        time.sleep(_VERDICT_SECONDS)
 
 
 def _unhandled(before: Callable[..., Any], kind: type[BaseException], error: BaseException, trace: Any) -> None:
-    report("interrupted" if kind is KeyboardInterrupt else "failed", f"{kind.__name__}: {error}")
+    announce(error)
     before(kind, error, trace)
 
 
@@ -294,11 +328,11 @@ class Watch:
         """Whether this rank says why: the first one of each host; a rank that fails has said so on its own host."""
         if not self._roster:
             return True
-        here = [peer.rank for peer in self._roster if peer.machine == self._peer.machine]
-        if verdict.kind == "failed" and verdict.peer.rank in here:
+        local = [peer.rank for peer in self._roster if peer.machine == self._peer.machine]
+        if verdict.kind == "failed" and verdict.peer.rank in local:
             return False
-        others = [rank for rank in here if rank != verdict.peer.rank]
-        return self._peer.rank == min(others or here)
+        others = [rank for rank in local if rank != verdict.peer.rank]
+        return self._peer.rank == min(others or local)
 
     def _kill(self, peer: Peer) -> None:
         """No launcher ends a stopped process soon."""
