@@ -8,7 +8,7 @@ from fractions import Fraction
 
 from lp_plugin.errors import InvalidInputError
 
-__all__ = ["format_bytes", "format_seconds", "shown"]
+__all__ = ["format_bytes", "format_seconds", "is_plain", "said", "shown"]
 __all__ += ["parse_bytes", "parse_flops", "parse_rate", "parse_seconds"]
 
 _Units = Mapping[str, Fraction | int]
@@ -23,6 +23,8 @@ _SECONDS: _Units = {**_SHORT, "min": 60, "h": 3600}
 _LARGEST = 10**30  # beyond any quantity here; keeps every result a finite float
 _TEXT = re.compile(r"([0-9]{1,30}(?:\.[0-9]{1,30})?(?:[eE][+-]?[0-9]{1,2})?)\s*(\S*)")
 
+
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 _MOST_SECONDS = 1e12  # beyond, hours say no more than a power of ten
 
@@ -94,6 +96,18 @@ def shown(value: object) -> str:
     except RecursionError:
         return "a value nested too deeply"
     return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"
+
+
+def is_plain(text: str) -> bool:
+    """Whether a text can be printed as it is: no half characters, no control characters but tabs and line ends."""
+    return _CONTROLS.search(text) is None
+
+
+def said(error: BaseException) -> str:
+    """What another library's exception says, as an error message quotes it: its first line, 300 characters at most."""
+    text = next(iter(str(error).splitlines()), "") or type(error).__name__
+    text = "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text[:301])
+    return text if len(text) <= 300 else f"{text[:280]}..."
 
 
 def _parse(value: str | float, what: str, units: _Units, example: str) -> Fraction:

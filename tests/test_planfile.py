@@ -118,7 +118,9 @@ def test_truncation_anywhere_is_an_error(file: Path) -> None:
 def test_a_file_too_large_to_be_a_plan(file: Path) -> None:
     with file.open("ab") as stream:
         stream.truncate(64 * 2**20 + 1)  # sparse: takes no space
-    with pytest.raises(PlanFileError, match="it has more than 67,108,864 bytes; make the plan again"):
+    with pytest.raises(
+        PlanFileError, match="it has 67,108,865 bytes, but at most 16,777,216 are read; make the plan again"
+    ):
         load_plan(file)
 
 

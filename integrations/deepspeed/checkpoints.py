@@ -18,9 +18,13 @@ import torch
 from deepspeed.checkpoint import ds_to_universal
 
 from lp_plugin.errors import DeepSpeedConfigError, RuntimeEnvironmentError
+from lp_plugin.files import read_text
 from lp_plugin.integrations.deepspeed.engine import quiet
+from lp_plugin.quantity import shown
 
 __all__ = ["resume"]
+
+_MOST_BYTES = 4096  # of a name
 
 
 def resume(engine: Any, directory: str | Path) -> int:
@@ -48,8 +52,7 @@ def resume(engine: Any, directory: str | Path) -> int:
             "checkpoint is saved."
         )
     source, converted = Path(directory), Path(directory) / "universal"
-    newest = source / "latest"
-    tags = [newest.read_text(encoding="utf-8").strip() if newest.is_file() else ""]
+    tags = [_newest(source)]
     torch.distributed.broadcast_object_list(tags)
     tag = tags[0]
     if not tag:
@@ -60,6 +63,21 @@ def resume(engine: Any, directory: str | Path) -> int:
     torch.distributed.barrier()
     _on_first(lambda: shutil.rmtree(converted), tag)
     return int(engine.global_steps)
+
+
+def _newest(directory: Path) -> str:
+    """Name of the newest checkpoint, as DeepSpeed notes it last; empty if there is none."""
+    file = directory / "latest"
+    if not file.is_file():
+        return ""
+    remedy = "it holds the name of a checkpoint; write one of the folder's there."
+    try:
+        tag = read_text(file, _MOST_BYTES, remedy).strip()
+    except (OSError, ValueError) as error:
+        raise RuntimeEnvironmentError(f"{file} can't be read: {error}; {remedy}") from None
+    if Path(tag).name != tag:
+        raise RuntimeEnvironmentError(f"{file} names {shown(tag)}, which is no folder in {directory}; {remedy}")
+    return tag
 
 
 def _convert(source: Path, target: Path) -> None:

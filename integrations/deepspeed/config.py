@@ -11,10 +11,14 @@ import hjson
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
 from lp_plugin.errors import DeepSpeedConfigError
+from lp_plugin.files import read_text
 from lp_plugin.objective import Objective
+from lp_plugin.quantity import said, shown
 from lp_plugin.workload import Phase, Workload
 
 __all__ = ["InputSpec", "Section", "Settings", "read_config", "read_settings"]
+
+_MOST_BYTES = 2**18  # of a configuration; real ones have some thousands
 
 
 class InputSpec(BaseModel):
@@ -132,10 +136,11 @@ def read_settings(config: str | Path | Mapping[str, Any]) -> Settings:
     except ValidationError as error:
         deepest = max(error.errors(), key=lambda each: len(each["loc"]))  # of "input" the form that was meant
         steps = (str(part) for part in deepest["loc"] if part not in {"InputSpec", "list[InputSpec]"})
-        key = ".".join(["lp_plugin", *steps])
+        named = (step if step.replace("_", "").isalnum() and len(step) <= 80 else shown(step) for step in steps)
+        key = ".".join(["lp_plugin", *named])
         known = ", ".join(Section.model_fields)
         raise DeepSpeedConfigError(
-            f"{where}: {key} is {deepest['input']!r}: {deepest['msg'].lower()}. Known keys: {known}."
+            f"{where}: {key} is {shown(deepest['input'])}: {deepest['msg'].lower()}. Known keys: {known}."
         ) from None
     if section.plan is not None and section.method is not None:
         raise DeepSpeedConfigError(f'{where}: lp_plugin has both "plan" and "method"; keep one.')
@@ -161,11 +166,12 @@ def read_config(config: str | Path | Mapping[str, Any]) -> dict[str, Any]:
         return dict(config)
     path = Path(config)
     try:
-        content = hjson.loads(path.read_text(encoding="utf-8"), object_pairs_hook=dict)  # as DeepSpeed: with comments
+        text = read_text(path, _MOST_BYTES, "a configuration has some thousands")
+        content = hjson.loads(text, object_pairs_hook=dict)  # as DeepSpeed: with comments
     except FileNotFoundError:
         raise DeepSpeedConfigError(f"{path} does not exist; give the DeepSpeed configuration's path.") from None
-    except (OSError, UnicodeDecodeError, hjson.HjsonDecodeError) as error:
-        raise DeepSpeedConfigError(f"{path} can't be read as JSON: {error}.") from None
+    except (OSError, ValueError, ArithmeticError, LookupError, RecursionError) as error:  # hjson is not strict
+        raise DeepSpeedConfigError(f"{path} can't be read as JSON: {said(error)}.") from None
     if not isinstance(content, dict):
         raise DeepSpeedConfigError(f"{path} holds a JSON {type(content).__name__}; a configuration is an object.")
     return content
@@ -184,7 +190,7 @@ def _positive(content: Mapping[str, Any], key: str, where: str) -> int:
     if value == "auto":  # Hugging Face's Trainer fills these in later
         return 1
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise DeepSpeedConfigError(f"{where}: {key} is {value!r}; it must be a whole number of at least 1.")
+        raise DeepSpeedConfigError(f"{where}: {key} is {shown(value)}; it must be a whole number of at least 1.")
     return value
 
 
@@ -193,7 +199,7 @@ def _from_zero(content: Mapping[str, Any], part: str, key: str, where: str) -> i
     inside = content.get(part)
     value = inside.get(key, 0) if isinstance(inside, Mapping) else 0
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise DeepSpeedConfigError(f"{where}: {part}.{key} is {value!r}; it must be a whole number of at least 0.")
+        raise DeepSpeedConfigError(f"{where}: {part}.{key} is {shown(value)}; it must be a whole number of at least 0.")
     return value
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,22 +16,16 @@ from lp_plugin.job.place import here
 __all__ = ["FiniteCheck"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Noted:
-    """The largest magnitudes of a pass's input and output: not finite if any of their values is not."""
-
-    what: str
-    micro_batch: int
-    before: torch.Tensor | None
-    after: torch.Tensor
+_FIRST_ROOM = 64
+"""Passes that there is room for at first."""
 
 
 class FiniteCheck:
     """Watches what an engine's passes take and give.
 
-    One reduction over each activation (and gradient) on its device; nothing waits for the device until `verify`, which
-    reads all at once: before the optimizer's step, and after every other schedule. With dynamic loss scaling gradients
-    may overflow, and are not looked at.
+    One reduction over each activation (and gradient) on its device, nothing else: the device is waited for in `verify`
+    alone, at the end of a batch, where DeepSpeed hands on the loss. With dynamic loss scaling gradients may overflow,
+    and are not looked at.
 
     Args:
         engine: DeepSpeed's ``PipelineEngine``; its instructions are wrapped, on the instance.
@@ -40,12 +33,14 @@ class FiniteCheck:
 
     def __init__(self, engine: Any) -> None:
         self._engine = engine
-        self._noted: list[_Noted] = []
+        self._passes: list[tuple[str, int]] = []
+        """Of this batch: what each made, and of which micro-batch."""
+        self._largest = torch.zeros((_FIRST_ROOM, 2), device=engine.device)
+        """Largest magnitudes that each took and made: not finite if any of its values is not."""
         table = dict(engine._INSTRUCTION_MAP)
         table[schedule.ForwardPass] = self._around(table[schedule.ForwardPass], "output", _forward_values)
         if not engine.fp16_enabled():
             table[schedule.BackwardPass] = self._around(table[schedule.BackwardPass], "gradient", _backward_values)
-        table[schedule.OptimizerStep] = self._before(table[schedule.OptimizerStep])
         engine._INSTRUCTION_MAP = table
 
     def verify(self) -> None:
@@ -54,16 +49,13 @@ class FiniteCheck:
         Raises:
             NotFiniteError: If a pass of this stage made values that are not finite of ones that were; says which.
         """
-        noted, self._noted = self._noted, []
-        if not noted:
-            return
-        nothing = torch.zeros((), device=self._engine.device)
-        pairs = [(nothing if each.before is None else each.before, each.after) for each in noted]
-        found = torch.stack([value.float() for pair in pairs for value in pair]).cpu().view(-1, 2).tolist()
-        for each, (before, after) in zip(noted, found, strict=True):
+        passes, self._passes = self._passes, []
+        found = self._largest[: len(passes)].tolist()
+        self._largest.zero_()
+        for (what, micro_batch), (before, after) in zip(passes, found, strict=True):
             if math.isfinite(before) and not math.isfinite(after):
                 raise NotFiniteError(
-                    f"the {each.what} of stage {self._engine.stage_id} for micro-batch {each.micro_batch} of step "
+                    f"the {what} of stage {self._engine.stage_id} for micro-batch {micro_batch} of step "
                     f"{here().step} is not finite ({after}), though its input is: the model overflows in this "
                     "precision, or its weights hold such values. Try float32 or bfloat16, or a lower learning rate."
                 )
@@ -73,22 +65,13 @@ class FiniteCheck:
     ) -> Callable[..., None]:
         @functools.wraps(carry_out)
         def run(engine: Any, buffer_id: int) -> None:
-            with torch.no_grad():
-                before = _largest(values(engine, buffer_id, False))
+            number = len(self._passes)
+            if number == len(self._largest):
+                self._largest = torch.cat([self._largest, torch.zeros_like(self._largest)])
+            _note(values(engine, buffer_id, False), self._largest[number, 0])
             carry_out(engine, buffer_id=buffer_id)
-            with torch.no_grad():
-                after = _largest(values(engine, buffer_id, True))
-            if after is not None:
-                number = sum(each.what == what for each in self._noted)
-                self._noted.append(_Noted(what=what, micro_batch=number, before=before, after=after))
-
-        return run
-
-    def _before(self, carry_out: Callable[..., None]) -> Callable[..., None]:
-        @functools.wraps(carry_out)
-        def run(engine: Any, **keywords: Any) -> None:
-            self.verify()
-            carry_out(engine, **keywords)
+            _note(values(engine, buffer_id, True), self._largest[number, 1])
+            self._passes.append((what, sum(each == what for each, _ in self._passes)))
 
         return run
 
@@ -108,12 +91,16 @@ def _backward_values(engine: Any, buffer_id: int, after: bool) -> Any:
     return [each.grad for each in (inputs if isinstance(inputs, tuple) else (inputs,)) if each is not None]
 
 
-def _largest(value: Any) -> torch.Tensor | None:
-    """Largest magnitude of all floating-point values, on their device; None if there are none."""
+def _note(value: Any, largest: torch.Tensor) -> None:
+    """Writes the largest magnitude of all floating-point values, if there are any."""
     tensors = value if isinstance(value, (tuple, list)) else (value,)
-    found = [
-        torch.linalg.vector_norm(each.detach(), math.inf)
-        for each in tensors
-        if isinstance(each, torch.Tensor) and each.is_floating_point() and each.numel()
+    floating = [
+        each for each in tensors if isinstance(each, torch.Tensor) and each.is_floating_point() and each.numel()
     ]
-    return torch.stack(found).amax() if len(found) > 1 else found[0] if found else None
+    with torch.no_grad():
+        for number, each in enumerate(floating):
+            if number == 0 and each.dtype != torch.float64:
+                torch.linalg.vector_norm(each.detach(), math.inf, dtype=torch.float32, out=largest)
+            else:
+                norm = torch.linalg.vector_norm(each.detach(), math.inf).float()
+                largest.copy_(torch.maximum(largest, norm))

@@ -16,6 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from lp_plugin.errors import WeightsError
+from lp_plugin.files import open_regular, parse_json, read_text
+from lp_plugin.quantity import said, shown
 
 __all__ = ["StoredTensor", "new_buffer", "read_headers", "weight_files"]
 
@@ -26,6 +28,11 @@ _BUFFER_BYTES = 1 << 24
 """Most that is read at once: large enough for a file system's full speed, small beside any stage."""
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """safetensors' names of the precisions that a weight can be converted from."""
+_MOST_INDEX_BYTES = 32 * 2**20
+_MOST_INDEX_VALUES = 300_000  # in an index: one per tensor
+_MOST_FILES = 10_000  # that an index names; the largest models have some hundreds
+_MOST_NAME = 255  # characters of a file's or tensor's name
+_MOST_HEADER_BYTES = 16 * 2**20  # of a file's header: of 100,000 tensors
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,31 +159,59 @@ def read_headers(directory: str | Path) -> Mapping[str, StoredTensor]:
             f"{folder} holds no weights: neither {_SINGLE} nor {_INDEX}.{found} "
             "Only safetensors are read; save the model with save_pretrained()."
         )
-    try:
-        names = json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"]
-        files = {name: folder / file for name, file in names.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise WeightsError(f"{folder / _INDEX} is broken: {error}; save the model again.") from None
+    files = _indexed(folder)
     headers = {file: _header(file) for file in sorted(set(files.values()))}
     for name, file in files.items():
         if name not in headers[file]:
-            raise WeightsError(f"{folder / _INDEX} says that {file.name} holds {name}, but it doesn't; save it again.")
+            named = name if _is_name(name) else shown(name)
+            raise WeightsError(f"{folder / _INDEX} says that {file.name} holds {named}, but it doesn't; save it again.")
     return {name: headers[file][name] for name, file in files.items()}
+
+
+def _indexed(folder: Path) -> dict[str, Path]:
+    """Which file holds each tensor, by the index."""
+    try:
+        index = parse_json(read_text(folder / _INDEX, _MOST_INDEX_BYTES, "save the model again"), _MOST_INDEX_VALUES)
+        names = index["weight_map"]
+        if len(set(names.values())) > _MOST_FILES:
+            raise ValueError(f"it names {len(set(names.values())):,} files")  # noqa: TRY301
+        places = {file: _place(folder, file) for file in set(names.values())}
+        return {name: places[file] for name, file in names.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise WeightsError(f"{folder / _INDEX} is broken: {said(error)}; save the model again.") from None
+
+
+def _place(folder: Path, file: str) -> Path:
+    """A file of the directory or of a folder in it; links are followed, because the hub's cache is made of them."""
+    if Path(file).is_absolute() or ".." in Path(file).parts or not _is_name(file):
+        raise ValueError(f"it names the file {shown(file)}, which is not in the model directory")
+    return folder / file
+
+
+def _is_name(text: str) -> bool:
+    """Whether a message can quote it as it is."""
+    return 0 < len(text) <= _MOST_NAME and text.isprintable()
 
 
 def _header(file: Path) -> dict[str, StoredTensor]:
     """A file's tensors; safetensors compares the header with the file's length."""
     try:
-        with safe_open(file, framework="pt"):
-            pass
-        with file.open("rb") as opened:
+        with open_regular(file) as opened:
             size = int.from_bytes(opened.read(8), "little")
-            header = json.loads(opened.read(size))
+            if size > _MOST_HEADER_BYTES:
+                raise ValueError(  # noqa: TRY301 - one message for all that is wrong with it
+                    f"its header has {size:,} bytes, but at most {_MOST_HEADER_BYTES:,} are read"
+                )
+            with safe_open(file, framework="pt"):
+                header = json.loads(opened.read(size))
     except FileNotFoundError:
         raise WeightsError(f"{file} is missing, but the index names it; copy the whole model directory.") from None
-    except (SafetensorError, OSError, ValueError) as error:
-        raise WeightsError(f"{file} can't be read: {error}; it may be truncated. Copy or save it again.") from None
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        raise WeightsError(f"{file} can't be read: {said(error)}; it may be truncated. Copy or save again.") from None
     header.pop("__metadata__", None)
+    odd = next((name for name in header if not _is_name(name)), None)
+    if odd is not None:
+        raise WeightsError(f"{file} holds a tensor called {shown(odd)}, which is no name; save the model again.")
     return {
         name: StoredTensor(
             name=name,

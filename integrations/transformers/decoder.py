@@ -320,8 +320,8 @@ def _whole(config: PretrainedConfig, encoder: bool) -> PreTrainedModel:
     own.tie_word_embeddings = False  # ties are made, or loaded twice, by the stages that hold the tensors
     with torch.device("meta"):
         if encoder:
-            return AutoModel.from_config(own, add_pooling_layer=False)
-        return AutoModelForCausalLM.from_config(own)
+            return AutoModel.from_config(own, add_pooling_layer=False, trust_remote_code=False)
+        return AutoModelForCausalLM.from_config(own, trust_remote_code=False)
 
 
 def _stack(model: PreTrainedModel, decoder: nn.Module, blocks: int) -> tuple[nn.Module, str]:

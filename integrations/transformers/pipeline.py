@@ -93,7 +93,7 @@ class HFPipelineModule(PipelineModule):
     ) -> None:
         _check_world(num_stages, tensor_parallel, data_parallel)
         self.directory = Path(directory)
-        self.hf_config = AutoConfig.from_pretrained(self.directory, local_files_only=True)
+        self.hf_config = AutoConfig.from_pretrained(self.directory, local_files_only=True, trust_remote_code=False)
         self._check_files(head)
         granularity = "layer" if plan is None else plan.granularity
         profile = ModelProfile.from_config(self.directory, dtype=dtype, granularity=granularity)
@@ -147,8 +147,8 @@ class HFPipelineModule(PipelineModule):
     def _settle(self) -> None:
         """Uses the plan, once all ranks have the same one; what comes next is loading."""
         check_same(
-            {"plan": plan_digest(self.lp_plan), f"model in {self.directory}": model_digest(self.directory)},
-            "give all hosts the same files.",
+            {"plan": plan_digest(self.lp_plan), "model": model_digest(self.directory)},
+            f"give all hosts the same plan, and the same files in {self.directory}.",
         )
         self.parts = list(self.lp_plan.boundaries)
         stage = self._topo.get_coord(self.global_rank).pipe

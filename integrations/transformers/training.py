@@ -116,7 +116,7 @@ class HFTrainingModule(HFPipelineModule):
         self.lp_settings = dataclasses.replace(settings, section=plain)
         self._lp_seed = seed
         data_parallel = max(torch.distributed.get_world_size() // num_stages, 1)
-        model = AutoConfig.from_pretrained(directory, local_files_only=True)
+        model = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         check_runnable(model.to_dict())
         self._lp_tied = bool(model.tie_word_embeddings) if seed is not None else is_tied(model, directory)
         method = "" if plan is not None else settings.method or partition_method

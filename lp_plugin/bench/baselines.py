@@ -198,7 +198,11 @@ def _distributed_model(request: Request, **sizes: int) -> Built:
     else:
         distributed.init_process_group("gloo")
     model = AutoModelForCausalLM.from_pretrained(
-        request.directory, dtype="auto", local_files_only=True, distributed_config=DistributedConfig(**sizes)
+        request.directory,
+        dtype="auto",
+        local_files_only=True,
+        trust_remote_code=False,
+        distributed_config=DistributedConfig(**sizes),
     )
     return _plain(model, request, {"device": _device()})
 
@@ -206,7 +210,7 @@ def _distributed_model(request: Request, **sizes: int) -> Built:
 def _accelerate(request: Request, devices: int) -> Built:
     del devices  # the parent lets it see as many GPUs as it may use
     model = AutoModelForCausalLM.from_pretrained(
-        request.directory, dtype="auto", local_files_only=True, device_map="balanced"
+        request.directory, dtype="auto", local_files_only=True, trust_remote_code=False, device_map="balanced"
     )
     placed = sorted({str(place) for place in model.hf_device_map.values()})
     return _plain(model, request, {"device": _device()}, facts={"placed_on": placed})
@@ -223,7 +227,9 @@ def _one_compiled(request: Request, devices: int) -> Built:
 
 
 def _whole(request: Request) -> Any:
-    model = AutoModelForCausalLM.from_pretrained(request.directory, dtype="auto", local_files_only=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        request.directory, dtype="auto", local_files_only=True, trust_remote_code=False
+    )
     return model.to(_device())
 
 

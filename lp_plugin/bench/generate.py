@@ -183,7 +183,7 @@ def _check(model: Path, *, stages: int, **counts: int) -> None:
         if count < 1:
             raise WorkloadError(f"--{name.replace('_', '-')} is {count}; it must be at least 1.")
     check_runnable(read_config(model))
-    check_checkpoint(AutoConfig.from_pretrained(model, local_files_only=True), model)
+    check_checkpoint(AutoConfig.from_pretrained(model, local_files_only=True, trust_remote_code=False), model)
     profile = ModelProfile.from_config(model)
     if not 1 <= stages <= profile.num_layers:
         raise WorkloadError(

@@ -24,7 +24,7 @@ from lp_plugin.job.checks import (
     checked_plan,
     model_fingerprint,
 )
-from lp_plugin.job.documents import TokenizedDocuments, read_documents, tokenize
+from lp_plugin.job.documents import TokenizedDocuments, check_characters, read_documents, tokenize
 from lp_plugin.job.layout import Layout
 from lp_plugin.model import ModelProfile
 from lp_plugin.plan import Plan
@@ -116,6 +116,8 @@ def prepare(
     settings = checked_settings(
         directory, max_new_tokens=max_new_tokens, sample=sample, temperature=temperature, top_k=top_k, top_p=top_p
     )
+    if architecture.max_positions is not None:
+        check_characters(read, architecture.max_positions)
     prompts = tokenize(read, directory, None, architecture.vocab_size)
     _check_lengths(prompts, max_new_tokens, architecture.max_positions)
     check_buildable(

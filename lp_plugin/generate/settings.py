@@ -98,7 +98,7 @@ def _load(directory: str | Path) -> Any:
 
     file = Path(directory) / "generation_config.json"
     if not file.is_file():
-        config = AutoConfig.from_pretrained(str(directory), local_files_only=True)
+        config = AutoConfig.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
         return GenerationConfig.from_model_config(config)
     try:
         return GenerationConfig.from_pretrained(str(directory), local_files_only=True)

@@ -46,7 +46,8 @@ def run(job: GenerateJob) -> Outcome | None:
     ranks: tuple[RankFigures, ...] = ()
     if remaining:
         # refuses what can't be done before anything is loaded
-        complete_config(job.settings, job.directory, AutoConfig.from_pretrained(job.directory, local_files_only=True))
+        config = AutoConfig.from_pretrained(job.directory, local_files_only=True, trust_remote_code=False)
+        complete_config(job.settings, job.directory, config)
         planned = _plan(job, remaining)
         ranks = gather(_Rank(job, planned, remaining).run(journal))
     if journal is None:

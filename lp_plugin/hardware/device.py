@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 from lp_plugin.errors import HardwareError
-from lp_plugin.quantity import shown
+from lp_plugin.quantity import is_plain, shown
 
 __all__ = ["COMPARED_BYTES", "Device", "Link", "MemoryTier", "check_count", "check_items", "is_whole", "slower_link"]
 
@@ -210,6 +210,8 @@ def _check(item: Device | MemoryTier | Link, *fields: str) -> None:
     """Names are text; fractions and efficiencies are over 0 and at most 1, seconds at least 0, other fields over 0."""
     if not isinstance(item.name, str) or not item.name:
         raise HardwareError(f"{type(item).__name__}: name is {shown(item.name)}; it must be text, and not empty.")
+    if not is_plain(item.name):
+        raise HardwareError(f"{type(item).__name__}: name is {shown(item.name)}; leave out control characters.")
     for field in fields:
         value = getattr(item, field)
         largest = 1.0 if field.endswith(("_fraction", "_efficiency")) else _LARGEST

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 
 from lp_plugin.errors import (
@@ -21,6 +22,7 @@ from lp_plugin.model import ModelProfile
 from lp_plugin.model.architecture import Architecture, read_config
 from lp_plugin.plan import Plan
 from lp_plugin.planfile import check_model, load_plan
+from lp_plugin.quantity import said
 from lp_plugin.workload import Phase
 
 __all__ = [
@@ -204,13 +206,14 @@ def check_buildable(
     if dtype == "float16" and not torch.cuda.device_count():
         raise RuntimeEnvironmentError("float16 needs a GPU: CPUs compute it too slowly to use; add --dtype float32.")
     try:
-        config = AutoConfig.from_pretrained(str(directory), local_files_only=True)
+        config = AutoConfig.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
         check_shardable(DecoderStage(config, 0, 2, halves=halves), tensor_parallel)
     except LpPluginError:
         raise
     except Exception as error:  # noqa: BLE001 - a value that a config class or a layer can't use raises anything
         raise ModelConfigError(
-            f"transformers can't build the model in {directory}: {type(error).__name__}: {error}. Correct its config."
+            f"transformers can't build the model in {directory}: {type(error).__name__}: {said(error)} "
+            "Correct its config."
         ) from None
     check_checkpoint(config, directory, head=head)
 
@@ -222,19 +225,23 @@ def check_writable(input_path: str | Path, output: str | Path, *others: str | Pa
         DocumentError: Naming the file.
     """
     for path in (output, *others):
-        if path is not None and not Path(path).resolve().parent.is_dir():
+        if path is not None and not _real(path).parent.is_dir():
             raise DocumentError(f"{path} can't be written: folder {Path(path).parent} does not exist.")
         if path is not None and Path(path).exists() and not Path(path).is_file():
             kind = "folder" if Path(path).is_dir() else "special file"
             raise DocumentError(f"{path} can't be written: it is a {kind}; give the name of a regular file.")
-    taken = {Path(input_path).resolve(): "the input"}
+    taken = {_real(input_path): "the input"}
     for path in (output, *others):
         if path is None:
             continue
-        place = Path(path).resolve()
+        place = _real(path)
         if place in taken:
             raise DocumentError(f"{path} would replace {taken[place]}; give another name.")
         taken[place] = "another file of this command"
+
+
+def _real(path: str | Path) -> Path:
+    return Path(os.path.realpath(path))  # Path.resolve() raises RuntimeError for circular links
 
 
 def model_fingerprint(directory: str | Path, dtype: str) -> str:

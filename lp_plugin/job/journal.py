@@ -15,11 +15,15 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
 from lp_plugin.errors import DocumentError
-from lp_plugin.files import write_atomically
+from lp_plugin.files import check_target, open_regular, parse_json, write_atomically
+from lp_plugin.quantity import shown
 
 __all__ = ["Journal"]
 
 Record = TypeVar("Record", bound=Mapping[str, Any])
+
+_MOST_BYTES = 2**26  # of a line; a few per token of a document
+_MOST_VALUES = 10_000_000  # in a line; one or two per token
 
 
 class Journal(Generic[Record]):
@@ -46,6 +50,7 @@ class Journal(Generic[Record]):
         self.records: dict[int, Record] = {}
         self._good_bytes = 0
         try:
+            check_target(self.path)
             self._stream = self.path.open("ab")
             try:
                 fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -61,7 +66,9 @@ class Journal(Generic[Record]):
                 f"{self.path} is in use: another job writes the same --output; wait for it, or choose another."
             ) from None
         except OSError as error:
-            raise DocumentError(f"{self.path} can't be written: {error.strerror}; choose another --output.") from None
+            raise DocumentError(
+                f"{self.path} can't be written: {error.strerror or error}; choose another --output."
+            ) from None
 
     def missing(self) -> list[int]:
         """Documents that have no result yet, in input order."""
@@ -104,28 +111,32 @@ class Journal(Generic[Record]):
         self._stream.write(json.dumps(record).encode() + b"\n")
 
     def _read(self, job_digest: str) -> None:
-        lines = self.path.read_bytes().splitlines(keepends=True)
-        for number, line in enumerate(lines, start=1):
-            if not line.endswith(b"\n"):
-                return  # a crash cut it short
-            try:
-                record = json.loads(line)
-                if number > 1:
-                    result = {key: record[key] for key in self._keys}
-                    self.records[self._checked(record["index"])] = cast("Record", result)
-                named = record["job"] if number == 1 else job_digest
-            except (ValueError, KeyError, TypeError) as error:
-                raise DocumentError(
-                    f"{self.path}, line {number} is damaged ({error}); delete the file to start again."
-                ) from None
-            if named != job_digest:
-                raise DocumentError(
-                    f"{self.path} holds unfinished results of another job (other model, precision, options or input); "
-                    "choose another --output, or delete it."
-                )
-            self._good_bytes += len(line)
+        with open_regular(self.path) as file:
+            for number, line in enumerate(iter(lambda: file.readline(_MOST_BYTES), b""), start=1):
+                if not line.endswith(b"\n"):
+                    return  # a crash cut it short
+                self._take(number, line, job_digest)
 
-    def _checked(self, index: int) -> int:
-        if not 0 <= index < len(self._ids):
-            raise ValueError(f"index {index} of {len(self._ids)} documents")
+    def _take(self, number: int, line: bytes, job_digest: str) -> None:
+        """Takes over what an earlier run wrote in a line."""
+        try:
+            record = parse_json(line.decode(), _MOST_VALUES)
+            if number > 1:
+                result = {key: record[key] for key in self._keys}
+                self.records[self._checked(record["index"])] = cast("Record", result)
+            named = record["job"] if number == 1 else job_digest
+        except (ValueError, KeyError, TypeError) as error:
+            raise DocumentError(
+                f"{self.path}, line {number} is damaged ({error}); delete the file to start again."
+            ) from None
+        if named != job_digest:
+            raise DocumentError(
+                f"{self.path} holds unfinished results of another job (other model, precision, options or input); "
+                "choose another --output, or delete it."
+            )
+        self._good_bytes += len(line)
+
+    def _checked(self, index: Any) -> int:
+        if type(index) is not int or not 0 <= index < len(self._ids):
+            raise ValueError(f"index {shown(index)} of {len(self._ids)} documents")
         return index

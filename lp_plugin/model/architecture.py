@@ -10,16 +10,16 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from lp_plugin.errors import ModelConfigError, UnsupportedModelError
-from lp_plugin.files import read_text
+from lp_plugin.files import parse_json, read_text
 from lp_plugin.model.families import FAMILIES
 from lp_plugin.model.quantization import Quantization, read_quantization
+from lp_plugin.quantity import shown
 
 __all__ = [
     "DTYPE_BYTES",
@@ -41,6 +41,7 @@ Norm = Literal["rms", "layer"]
 NormVectors = Literal[0, 1, 2]
 QkNorm = Literal["none", "head", "full"]
 _MOST_BYTES = 4_000_000  # of a config.json; real ones have some thousands
+_MOST_VALUES = 100_000  # in it; the longest lists have one per layer
 
 DTYPE_BYTES: Mapping[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
 """Bytes of one stored element, for the precisions that models are run in."""
@@ -243,7 +244,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
     try:
         if file.is_dir():
             file = file / "config.json"
-        config = json.loads(read_text(file, _MOST_BYTES, "a config.json has some thousands"))
+        config = parse_json(read_text(file, _MOST_BYTES, "a config.json has some thousands"), _MOST_VALUES)
     except FileNotFoundError:
         raise ModelConfigError(
             f"{file} does not exist; give a Hugging Face model directory or its config.json "
@@ -251,7 +252,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ModelConfigError(f"{file} can't be read: {error}.") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ModelConfigError(f"{file} is not valid JSON: {error}; is it truncated?") from None
     if not isinstance(config, dict):
         raise ModelConfigError(f"{file} holds a JSON {type(config).__name__}; a model config is an object.")
@@ -282,7 +283,7 @@ def read_architecture(
         raise UnsupportedModelError(_unsupported(model_type))
     chosen = dtype or config.get("dtype") or config.get("torch_dtype") or "float32"
     if not isinstance(chosen, str) or chosen not in DTYPE_BYTES:
-        raise ModelConfigError(f"dtype is {chosen!r}; supported are {', '.join(sorted(DTYPE_BYTES))}.")
+        raise ModelConfigError(f"dtype is {shown(chosen)}; supported are {', '.join(sorted(DTYPE_BYTES))}.")
     quantization = read_quantization(config.get("quantization_config"), weight_dtype)
     family = importlib.import_module(f"lp_plugin.model.families.{FAMILIES[model_type]}").READERS[model_type]
     architecture: Architecture = family.read(config, model_type).architecture(model_type, chosen, quantization)
@@ -304,6 +305,6 @@ def _unsupported(model_type: str) -> str:
     near = difflib.get_close_matches(model_type, FAMILIES, n=3)
     meant = f" (did you mean {' or '.join(near)}?)" if near else ""
     return (
-        f"model_type {model_type!r} is not supported{meant}; supported are {', '.join(sorted(FAMILIES))}. "
+        f"model_type {shown(model_type)} is not supported{meant}; supported are {', '.join(sorted(FAMILIES))}. "
         "ModelProfile.from_costs() plans any model from plain numbers."
     )

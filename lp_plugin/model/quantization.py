@@ -8,6 +8,7 @@ from fractions import Fraction
 from typing import Any
 
 from lp_plugin.errors import ModelConfigError, UnsupportedModelError
+from lp_plugin.quantity import shown
 
 __all__ = ["WEIGHT_DTYPES", "Quantization", "read_quantization"]
 
@@ -60,7 +61,7 @@ def read_quantization(config: Any, weight_dtype: str | None) -> Quantization | N
     if weight_dtype is not None:
         if not isinstance(weight_dtype, str) or weight_dtype not in WEIGHT_DTYPES:
             raise ModelConfigError(
-                f"weight_dtype is {weight_dtype!r}; supported are {', '.join(sorted(WEIGHT_DTYPES))}."
+                f"weight_dtype is {shown(weight_dtype)}; supported are {', '.join(sorted(WEIGHT_DTYPES))}."
             )
         return WEIGHT_DTYPES[weight_dtype]
     if config is None:
@@ -77,7 +78,7 @@ def read_quantization(config: Any, weight_dtype: str | None) -> Quantization | N
     if method == "mxfp4":
         return Quantization(weight_dtype="float4", bits=4 + Fraction(8, 32), experts_only=True)
     raise UnsupportedModelError(
-        f"quantization_config: quant_method is {method!r}; supported are {', '.join(_METHODS)}. "
+        f"quantization_config: quant_method is {shown(method)}; supported are {', '.join(_METHODS)}. "
         "Take the section out to plan for the weights as they were trained."
     )
 
@@ -110,7 +111,8 @@ def _fp8(config: Mapping[str, Any]) -> Quantization:
         or not all(isinstance(side, int) and 0 < side <= _MAX_GROUP for side in block)
     ):
         raise ModelConfigError(
-            f"quantization_config: weight_block_size is {block!r}; it must be two whole numbers of 1 to {_MAX_GROUP}."
+            f"quantization_config: weight_block_size is {shown(block)}; it must be two whole numbers of 1 to "
+            f"{_MAX_GROUP}."
         )
     return Quantization(weight_dtype="float8", bits=8 + Fraction(32, block[0] * block[1]))
 
@@ -119,7 +121,7 @@ def _integer(config: Mapping[str, Any], key: str, *, default: int, lowest: int, 
     value = config.get(key, default)
     if not isinstance(value, int) or isinstance(value, bool) or not lowest <= value <= highest:
         raise ModelConfigError(
-            f"quantization_config: {key} is {value!r}; it must be a whole number of {lowest} to {highest}."
+            f"quantization_config: {key} is {shown(value)}; it must be a whole number of {lowest} to {highest}."
         )
     return value
 
@@ -127,5 +129,5 @@ def _integer(config: Mapping[str, Any], key: str, *, default: int, lowest: int, 
 def _flag(config: Mapping[str, Any], key: str) -> bool:
     value = config.get(key, False)
     if not isinstance(value, bool):
-        raise ModelConfigError(f"quantization_config: {key} is {value!r}; it must be true or false.")
+        raise ModelConfigError(f"quantization_config: {key} is {shown(value)}; it must be true or false.")
     return value

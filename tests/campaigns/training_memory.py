@@ -1,10 +1,10 @@
 """Memory of every stage in training, predicted and measured; and a split by parameters that fails where ours fits.
 
-    torchrun --nproc-per-node 2 tests/campaigns/training_memory.py --output docs/results/training
+    python tests/campaigns/training_memory.py --stages 2 --output docs/results/training
 
-On GPUs the caching allocator counts, on CPUs the profiler; models are larger on GPUs. ``memory.json`` gets a row per
-configuration and stage, ``memory.md`` the same as a table. The last rows train one model on devices of less memory:
-what DeepSpeed's ``parameters`` needs is more, what ``cache-aware`` needs is less.
+On GPUs the caching allocator counts, on CPUs the profiler; models are larger on GPUs. Every case has processes of its
+own. ``memory.json`` gets a row per configuration and stage, ``memory.md`` the same as a table. The last cases train one
+model on devices of less memory: what DeepSpeed's ``parameters`` needs is more, what ``cache-aware`` needs is less.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import dataclasses
 import gc
 import json
 import os
-import threading
-import time
+import subprocess
+import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,13 @@ import deepspeed
 import torch
 
 from lp_plugin import Cluster
+from lp_plugin.files import write_atomically
 from lp_plugin.hardware import Device
 from lp_plugin.integrations.deepspeed.engine import init_distributed, quiet
 from lp_plugin.integrations.transformers.training import HFTrainingModule
+from lp_plugin.job.launch import launch_local
+from lp_plugin.job.ranks import gather
+from lp_plugin.job.watch.verdict import own_versions
 from lp_plugin.measure.peak import PeakMemory
 
 CUDA = torch.cuda.is_available()
@@ -75,10 +80,8 @@ def configuration(rows: int, changes: dict[str, Any]) -> dict[str, Any]:
 def write_model(folder: Path, *, tied: bool) -> Path:
     """A configuration without weights."""
     model = folder / ("tied" if tied else "untied")
-    if torch.distributed.get_rank() == 0:
-        model.mkdir(parents=True, exist_ok=True)
-        (model / "config.json").write_text(json.dumps(LLAMA | SIZES | {"tie_word_embeddings": tied}), encoding="utf-8")
-    torch.distributed.barrier()
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps(LLAMA | SIZES | {"tie_word_embeddings": tied}), encoding="utf-8")
     return model
 
 
@@ -109,14 +112,7 @@ def measured(name: str, model: Path, changes: dict[str, Any], shape: tuple[int, 
         "measured_bytes": peak.num_bytes,
         "predicted_of_measured": round(stage.memory_bytes / peak.num_bytes, 4),
     }
-    found: list[Row] = [row] * stages
-    torch.distributed.all_gather_object(found, row)
-    engine.destroy()
-    del engine, module
-    gc.collect()
-    if CUDA:
-        torch.cuda.empty_cache()
-    return found
+    return list(gather(row))
 
 
 def needed(plan: Any) -> int:
@@ -129,83 +125,110 @@ def limited(device: Device, num_bytes: int) -> Device:
     return dataclasses.replace(device, tiers=(*device.tiers[:-1], last))
 
 
-def crowded(model: Path, folder: Path) -> list[Row]:
-    """The same model by parameters and by us, on devices with memory for one of them."""
+def crowded(model: Path, method: str) -> list[Row]:
+    """A model by parameters or by us, on devices with memory for one of them."""
     changes = BFLOAT16 | ZERO | FLOAT32_GRADIENTS
-    common = {"num_stages": torch.distributed.get_world_size(), "config": configuration(CROWDED[0], changes)}
-    common |= {"sequence": CROWDED[1], "seed": 0}
     section = {"lp_plugin": {"objective": "memory"}}
+    common = {"num_stages": torch.distributed.get_world_size(), "sequence": CROWDED[1], "seed": 0}
     with quiet():
-        theirs = HFTrainingModule(model, partition_method="parameters", **common)
-        ours = HFTrainingModule(model, **common | {"config": common["config"] | section})
-    parts, limit = theirs.parts, (needed(theirs.lp_plan) + needed(ours.lp_plan)) // 2
+        theirs = HFTrainingModule(
+            model, partition_method="parameters", config=configuration(CROWDED[0], changes), **common
+        )
+        ours = HFTrainingModule(model, config=configuration(CROWDED[0], changes | section), **common)
+    limit = (needed(theirs.lp_plan) + needed(ours.lp_plan)) // 2
     devices = tuple(limited(device, limit) for device in ours.lp_cluster.devices)
     cluster = Cluster(devices=devices, links=ours.lp_cluster.links)
     if torch.distributed.get_rank() == 0:
-        print(f"devices of {limit:,} bytes: parameters {parts} predicted {needed(theirs.lp_plan):,}", flush=True)
+        print(json.dumps({"limit_bytes": limit, "boundaries": theirs.parts if method == "parameters" else ours.parts}))
     del theirs, ours
     gc.collect()
     if CUDA:
         torch.cuda.empty_cache()
         torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.get_device_properties().total_memory)
-    rows = measured("crowded, cache-aware", model, changes | section, CROWDED, cluster=cluster)
-    save(folder, [row | {"limit_bytes": limit} for row in rows])
-    try:
-        rows = measured("crowded, parameters", model, changes, CROWDED, partition_method="parameters", cluster=cluster)
-    except torch.OutOfMemoryError as error:
-        row = {"case": "crowded, parameters", "stage": torch.distributed.get_rank(), "error": str(error)[:300]}
-        save(folder, [row | {"limit_bytes": limit, "boundaries": parts}], here=True)
-        (folder / "out-of-memory").touch()
-        time.sleep(60)  # `watch` ends the process
-    return [row | {"limit_bytes": limit} for row in rows]
+    if method == "parameters":
+        return measured(f"crowded, {method}", model, changes, CROWDED, partition_method=method, cluster=cluster)
+    return measured(f"crowded, {method}", model, changes | section, CROWDED, cluster=cluster)
 
 
-def save(folder: Path, rows: list[Row], *, here: bool = False) -> None:
-    """Adds rows to ``memory.json``, and makes the table again."""
-    if torch.distributed.get_rank() and not here:
-        return
-    file = folder / "memory.json"
-    known: list[Row] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
-    known += rows
-    if not here:
-        for row in rows:
-            print(*row.values(), flush=True)
-    file.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
-    lines = ["| case | stage | layers | predicted | measured | ratio |", "|---|---|---|---|---|---|"]
-    for row in known:
+def rank_of(name: str, folder: Path) -> list[Row]:
+    """One case's part of one rank; rank 0 gives the rows."""
+    init_distributed()
+    if name.startswith("crowded"):
+        return crowded(folder / "untied", name.partition(", ")[2])
+    changes, tied = CASES[name]
+    return measured(name, folder / ("tied" if tied else "untied"), changes, (ROWS, TOKENS))
+
+
+def run_case(name: str, stages: int, folder: Path) -> list[Row]:
+    """The case's rows, from processes of its own; of one that ends with an error, what it said."""
+    command = [sys.executable, __file__, "--stages", str(stages), "--output", str(folder), "--case", name]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    printed = [json.loads(line) for line in ended.stdout.splitlines() if line.startswith(('{"limit', "[{"))]
+    limit = next((each for each in printed if isinstance(each, dict)), {})
+    rows = next((each for each in printed if isinstance(each, list)), None)
+    if rows is None:
+        said = [line for line in ended.stderr.splitlines() if line.startswith("error")]
+        rows = [{"case": name, "exit_code": ended.returncode, "error": (said or [ended.stderr[-500:]])[0]}]
+    return [limit | row for row in rows]
+
+
+def save(folder: Path, rows: list[Row], stages: int) -> None:
+    """Writes ``memory.json`` and the table."""
+    device = torch.cuda.get_device_name() if CUDA else "CPU"
+    content = {
+        "command": f"python tests/campaigns/training_memory.py --stages {stages} --output docs/results/training",
+        "device": device,
+        "stages": stages,
+        "versions": own_versions(),
+        "rows": rows,
+    }
+    write_atomically(folder / "memory.json", json.dumps(content, indent=1) + "\n")
+    versions = ", ".join(f"{name} {value}" for name, value in own_versions().items())
+    lines = [
+        f"# Memory in training, {stages} x {device}",
+        "",
+        f"`{content['command']}`; {versions}; {MICRO_BATCHES} micro-batches of {ROWS} x {TOKENS} tokens (crowded:",
+        f"{CROWDED[0]} x {CROWDED[1]}); the most that the allocator held in the second step.",
+        "",
+        "| case | stage | layers | predicted | measured | ratio |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
         if "error" in row:
-            lines.append(f"| {row['case']} | {row['stage']} | {row['boundaries']} | | out of memory | |")
+            lines.append(f"| {row['case']} | | {row.get('boundaries', '')} | | {row['error']} | |")
             continue
         sizes = (f"{row[key] / 1e9:.3f} GB" for key in ("predicted_bytes", "measured_bytes"))
         columns = (row["case"], row["stage"], row["layers"], *sizes, row["predicted_of_measured"])
         lines.append(f"| {' | '.join(map(str, columns))} |")
-    (folder / "memory.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
-def watch(folder: Path) -> None:
-    """Ends this process when another one has run out of memory: it would wait for its messages forever."""
-    while not (folder / "out-of-memory").exists():
-        time.sleep(0.5)
-    time.sleep(2)
-    os._exit(0)
+    limits = {row["limit_bytes"] for row in rows if "limit_bytes" in row}
+    lines += ["", *(f"Crowded devices have {limit / 1e9:.3f} GB each." for limit in limits)]
+    write_atomically(folder / "memory.md", "\n".join(lines) + "\n")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stages", type=int, default=2)
     parser.add_argument("--output", type=Path, required=True)
-    folder = parser.parse_args().output
-    init_distributed()
-    if torch.distributed.get_rank() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in ("memory.json", "memory.md", "out-of-memory"):
-            (folder / name).unlink(missing_ok=True)
-    torch.distributed.barrier()
-    threading.Thread(target=watch, args=(folder,), daemon=True).start()
-    for name, (changes, tied) in CASES.items():
-        save(folder, measured(name, write_model(folder / "models", tied=tied), changes, (ROWS, TOKENS)))
-    save(folder, crowded(write_model(folder / "models", tied=False), folder))
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    names = (*CASES, "crowded, cache-aware", "crowded, parameters")
+    parser.add_argument("--cases", nargs="+", choices=names, default=names, help="others stay as the file has them")
+    parser.add_argument("--case", help="run one alone, for this script itself")
+    given = parser.parse_args()
+    if given.case is not None:
+        print(json.dumps(launch_local(given.stages, rank_of, given.case, given.output)), flush=True)
+        return
+    given.output.mkdir(parents=True, exist_ok=True)
+    file = given.output / "memory.json"
+    known = json.loads(file.read_text(encoding="utf-8"))["rows"] if file.exists() else []
+    found: list[Row] = [row for row in known if row["case"] not in given.cases]
+    with tempfile.TemporaryDirectory() as folder:
+        for tied in (False, True):
+            write_model(Path(folder), tied=tied)
+        for name in given.cases:
+            rows = run_case(name, given.stages, Path(folder))
+            found += rows
+            for row in rows:
+                print(*row.values(), flush=True)
+            save(given.output, sorted(found, key=lambda row: names.index(row["case"])), given.stages)
 
 
 if __name__ == "__main__":

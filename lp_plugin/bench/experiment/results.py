@@ -12,9 +12,9 @@ from typing import Any, Literal
 from pydantic import TypeAdapter, ValidationError
 
 from lp_plugin.errors import InvalidInputError
-from lp_plugin.files import read_text, write_atomically
+from lp_plugin.files import check_values, read_text, write_atomically
 from lp_plugin.measured import Counters, LayerTimes, Links, Memory, RankClocks, TimeSplit
-from lp_plugin.quantity import shown
+from lp_plugin.quantity import is_plain, shown
 
 __all__ = [
     "CaseResult",
@@ -27,7 +27,9 @@ __all__ = [
     "save_results",
 ]
 
-_MOST_BYTES = 256 * 2**20
+_MOST_BYTES = 16 * 2**20  # real ones have some hundred thousand
+_MOST_VALUES, _MOST_OBJECTS = 300_000, 20_000  # in it
+_MOST_PROBLEMS = 1000  # that are made into messages, of which one is shown
 SCHEMA_VERSION = 1
 """Raised when a field changes its meaning."""
 
@@ -231,6 +233,23 @@ def _without_spans(row: Row) -> Row:
     return dataclasses.replace(row, split=tuple(dataclasses.replace(each, spans=()) for each in row.split))
 
 
+def _check_texts(content: Any) -> None:
+    """Refuses what would act on the terminal that it is shown on.
+
+    Raises:
+        ValueError: Quoting it.
+    """
+    left = [content]
+    while left:
+        each = left.pop()
+        if isinstance(each, str) and not is_plain(each):
+            raise ValueError(f"{shown(each)} has control characters")
+        if isinstance(each, dict):
+            left += (*each, *each.values())
+        elif isinstance(each, list):
+            left += each
+
+
 def load_results(path: str | Path) -> Results:
     """What `save_results` wrote; without spans.
 
@@ -239,12 +258,18 @@ def load_results(path: str | Path) -> Results:
     """
     try:
         text = read_text(Path(path), _MOST_BYTES, "it can't be a results file")
-        version = _VERSION.validate_json(text).get("schema_version")
+        check_values(text, _MOST_VALUES, _MOST_OBJECTS)
+        content = _VERSION.validate_json(text)
+        _check_texts(content)
+        version = content.get("schema_version")
         if version == SCHEMA_VERSION:
             return _RESULTS.validate_json(text)
     except ValidationError as error:
+        if error.error_count() > _MOST_PROBLEMS:
+            raise InvalidInputError(f"results file {path}: {error.error_count():,} values are wrong.") from None
         first = error.errors(include_url=False, include_context=False)[0]
         place = ".".join(str(part) for part in first["loc"])
+        place = place if place.isprintable() and len(place) <= 80 else shown(place)
         raise InvalidInputError(f"results file {path}: {place or 'the file'}: {first['msg']}.") from error
     except (OSError, ValueError) as error:
         raise InvalidInputError(f"results file {path} can't be read: {error}.") from error
