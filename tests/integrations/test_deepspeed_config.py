@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -85,6 +86,8 @@ def test_every_key_arrives(tmp_path: Path) -> None:
         "phase": "decode",
         "sequence": 128,
         "input": [{"shape": [2, 128], "dtype": "int64", "high": 50}, {"shape": [2, 1], "dtype": "bfloat16"}],
+        "timeout": 20.5,
+        "check_finite": True,
     }
     content = {"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 8, "lp_plugin": section}
     from_dict, from_file = read_settings(content), read_settings(written(tmp_path / "ds.json", content))
@@ -97,7 +100,9 @@ def test_every_key_arrives(tmp_path: Path) -> None:
 
 
 def test_set_of_keys_is_what_is_documented() -> None:
-    assert list(Section.model_fields) == ["method", "plan", "device", "objective", "phase", "sequence", "input"]
+    documented = (Path(__file__).parents[2] / "docs" / "deepspeed.md").read_text(encoding="utf-8")
+    table = documented[documented.index("| key | meaning |") :].split("\n\n")[0]
+    assert re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE) == list(Section.model_fields)
 
 
 def test_a_plan_is_a_method_and_keeps_its_case() -> None:
@@ -109,6 +114,8 @@ def test_a_plan_is_a_method_and_keeps_its_case() -> None:
     [
         ({"metod": "profile"}, ["lp_plugin.metod", "'profile'", "Known keys: method, plan"]),
         ({"method": 3}, ["lp_plugin.method is 3", "string"]),
+        ({"timeout": 0.5}, ["lp_plugin.timeout is 0.5", "greater than or equal to 1"]),
+        ({"check_finite": 3}, ["lp_plugin.check_finite is 3", "boolean"]),
         ({"sequence": 0}, ["lp_plugin.sequence is 0", "greater than 0"]),
         ({"sequence": "long"}, ["lp_plugin.sequence is 'long'", "integer"]),
         ({"objective": "speed"}, ["lp_plugin.objective is 'speed'", "throughput", "memory"]),

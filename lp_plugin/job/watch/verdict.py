@@ -9,12 +9,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
+from lp_plugin._version import __version__
+
 __all__ = ["Kind", "Peer", "Verdict", "own_machine", "own_versions"]
 
 Kind = Literal["died", "hung", "failed", "interrupted", "missing", "other versions"]
 
-_COMPARED = ("lp-plugin", "torch", "deepspeed", "transformers", "numpy")
-"""Packages that have to be the same on all hosts."""
+_COMPARED = ("torch", "deepspeed", "transformers", "numpy")
+"""Packages that have to be the same on all hosts, beside this one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +72,7 @@ def own_machine() -> str:
 
 def own_versions() -> dict[str, str]:
     """Versions that have to be the same in all ranks, by name."""
-    found = {"python": ".".join(platform.python_version_tuple()[:2])}
+    found = {"python": ".".join(platform.python_version_tuple()[:2]), "lp_plugin": __version__}
     for name in _COMPARED:
         try:
             found[name] = version(name)
