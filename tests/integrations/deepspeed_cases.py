@@ -202,6 +202,31 @@ def weight_bytes() -> Result:
     return {"parts": module.parts, "bytes": [layer.weight_bytes for layer in module.lp_plan.layers]}
 
 
+def another_plan_on_one_host(folder: Path) -> Result:
+    """Rank 1's file has the cut one layer further on."""
+    costs = [1.0] * len(make_layers())
+    costs[-1 if RANK else 0] = 5.0
+    plan = make_plan(ModelProfile.from_costs(costs), Cluster.homogeneous("cpu", 2), Workload(batch=1, sequence=1))
+    save_plan(plan, folder / f"mine-{RANK}.json")
+    return seen(make(make_layers, partition_method=f"plan:{folder}/mine-{RANK}.json"))
+
+
+def not_finite(stage: int) -> Result:
+    """A stage whose weights are not finite from the third micro-batch on, evaluated with the check on."""
+    module = make(make_layers, ours.PipelineModule, config=section(method="cache-aware", check_finite=True))
+    engine, *_ = deepspeed.initialize(model=module, model_parameters=list(module.parameters()), config=STOCK)
+    passes = itertools.count()
+
+    def poison(layer: torch.nn.Module, inputs: Any) -> None:
+        if stage == RANK and next(passes) == 2:
+            next(layer.parameters()).data.fill_(torch.inf)
+
+    module.forward_funcs[0].register_forward_pre_hook(poison)
+    batches = make_batches(engine.train_micro_batch_size_per_gpu())
+    engine.eval_batch(batches, reduce_output=None, bcast_loss=False)
+    return {"evaluated": True}
+
+
 def cases(folder: Path) -> dict[str, Callable[[], Result]]:
     plan = stored_plan(folder, len(make_layers()), 2)
     profiled = {"partition_method": "profile"}
@@ -224,6 +249,10 @@ def cases(folder: Path) -> dict[str, Callable[[], Result]]:
         "plan, other layers": lambda: seen(make(tied_layers, partition_method=f"plan:{plan}")),
         "plan, other stages": lambda: seen(make(make_layers, partition_method=f"plan:{plan}", num_stages=1)),
         "plan, missing": lambda: seen(make(make_layers, partition_method=f"plan:{folder}/Missing.json")),
+        "plan, another on one host": lambda: another_plan_on_one_host(folder),
+        "not finite, stage 0": lambda: not_finite(0),
+        "not finite, stage 1": lambda: not_finite(1),
+        "finite": lambda: not_finite(2),
         "stages outnumber layers": lambda: seen(make(lambda: [torch.nn.Linear(2, 2)], partition_method="cache-aware")),
         "profile, nothing to infer": lambda: seen(make(lambda: [torch.relu, torch.tanh], **profiled)),
         "profile, wrong input": lambda: seen(

@@ -163,6 +163,7 @@ def test_which_method_counts(case: str, like: str, ranks: Ranks) -> None:
         ("plan, other layers", "PlanFileError", ["7 layers", "has 5"]),
         ("plan, other stages", "PlanFileError", ["2 stages", "has 1"]),
         ("plan, missing", "PlanFileError", ["Missing.json", "does not exist"]),
+        ("plan, another on one host", "RuntimeEnvironmentError", ["rank 1 on ", "has another plan", "than rank 0 on "]),
         ("stages outnumber layers", "WorkloadError", ["2 stages", "1 layers"]),
         ("profile, nothing to infer", "DeepSpeedConfigError", ["infer", '"input"']),
         ("profile, wrong input", "DeepSpeedConfigError", ["Linear 0", "4x13", '"input"']),
@@ -173,3 +174,13 @@ def test_every_rank_refuses_with_the_same_error(case: str, error: str, says: lis
     for rank in ranks:
         assert rank[case]["error"] == error
         assert all(part in rank[case]["message"] for part in says)
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_the_stage_and_micro_batch_that_first_are_not_finite_are_named(stage: int, ranks: Ranks) -> None:
+    """By that stage alone: the next one only hands on what it got."""
+    case = f"not finite, stage {stage}"
+    assert ranks[stage][case]["error"] == "NotFiniteError"
+    assert f"the output of stage {stage} for micro-batch 2 of step" in ranks[stage][case]["message"]
+    assert ranks[1 - stage][case] == {"evaluated": True}
+    assert [rank["finite"] for rank in ranks] == [{"evaluated": True}] * 2
