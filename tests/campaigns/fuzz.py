@@ -82,7 +82,6 @@ def make_case(kinds: Sequence[Kind], number: int, seed: int) -> Case:
 def run_cases(kinds: Sequence[Kind], cases: Iterable[Case]) -> Iterator[tuple[Case, Ended]]:
     """How each case ends; those that take too long are repeated alone, and the shortest time counts."""
     by_name = {kind.name: kind for kind in kinds}
-    launch.launch_local = command.run_experiment = _started
     left = iter(cases)
     with tempfile.TemporaryDirectory(prefix="fuzz-") as scratch:
         while some := list(itertools.islice(left, _BATCH)):
@@ -129,6 +128,7 @@ def _run(kind: Kind, case: Case, scratch: Path) -> tuple[str, str]:
 def _called(kind: Kind, way: int, file: Path) -> tuple[int, BaseException | None]:
     """Exit code and what was raised."""
     warnings.simplefilter("error", RuntimeWarning)
+    launch.launch_local = command.run_experiment = _started
     os.environ["RANK"] = "0"
     if kind.name != "DeepSpeed configuration":
         del os.environ["RANK"]
