@@ -230,7 +230,7 @@ def best_plan(
     ranked = []
     for bounds in all_cuts(stage.profile.num_layers, len(stage.cluster.devices)):
         stages = [stage(position, *run) for position, run in enumerate(itertools.pairwise(bounds))]
-        if within(stage, stages, constraints):
+        if within(stage, stages, constraints) and can_be_trained(stage, bounds):
             ranked.append(_ranked(stage, stages, bounds, objective))
     return min(ranked, default=None)
 
@@ -247,6 +247,14 @@ def _ranked(stage: PlainStages, stages: list[PlainStage], bounds: tuple[int, ...
         ),
     }
     return BestPlan(values[objective], max(seconds), max(seconds) - min(seconds), bounds)
+
+
+def can_be_trained(stage: PlainStages, bounds: tuple[int, ...]) -> bool:
+    """Whether each stage has something to train, where training is asked for and there are layers enough for that."""
+    trained = [layer.parameters > 0 for layer in stage.profile.layers]
+    if stage.workload.phase != "train" or sum(trained) < len(bounds) - 1:
+        return True
+    return all(any(trained[start:stop]) for start, stop in itertools.pairwise(bounds))
 
 
 def within(stage: PlainStages, stages: list[PlainStage], constraints: Constraints) -> bool:

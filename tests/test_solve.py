@@ -292,3 +292,23 @@ def test_a_stage_may_not_be_able_to_hold_the_layer_that_filling_up_leaves_it() -
     assert plan is not None
     assert fits(plan)
     assert plan.boundaries == (0, 14, 28, 43)
+
+
+def test_no_stage_is_without_parameters_in_training() -> None:
+    """Engines make an optimizer for each stage, which refuses to have none."""
+    costs = ((9, 1e12), (0, 9e12), (9, 1e12), (9, 1e12))
+    layers = [
+        LayerCost(name=str(index), parameters=count, flops_per_token=flops)
+        for index, (count, flops) in enumerate(costs)
+    ]
+    profile = ModelProfile(name="gap", layers=tuple(layers), dtype="float32", input_bytes_per_token=0.0)
+    found = {}
+    for phase in ("train", "prefill"):
+        for stages in (3, 4):
+            workload = Workload(phase=phase, batch=1, sequence=1, micro_batch=1)
+            plan = solve(profile, Cluster.homogeneous("h200", stages), workload)
+            assert plan is not None
+            found[phase, stages] = plan.boundaries
+    assert found["prefill", 3] == (0, 1, 2, 4), "the heavy layer stands alone"
+    assert found["train", 3] == (0, 2, 3, 4), "together with one that has parameters"
+    assert found["train", 4] == (0, 1, 2, 3, 4), "as many stages as layers: one has to be without"

@@ -48,6 +48,8 @@ class StageLimits:
     """Whose KV cache must fit."""
     tier: str | None = None
     """Slowest tier that the working set may need."""
+    trained: bool = False
+    """Whether the stage must hold a layer with parameters: engines make an optimizer per stage, of at least one."""
 
 
 def stage_limits(constraints: Constraints, workload: Workload) -> tuple[StageLimits, float]:
@@ -104,6 +106,7 @@ class Criterion(ABC):
         self.entry = np.zeros_like(table.entry)
         self.exit = np.zeros_like(table.exit)
         self._tier = None if limits.tier is None else _tier_index(table, limits.tier)
+        self._with_parameters = np.cumsum([0, *(layer.parameters > 0 for layer in table.table.layers)])
 
     def _within(self, starts: IntArray, stops: IntArray) -> NDArray[np.bool_]:
         """Limits that hold for every shorter run too."""
@@ -124,12 +127,14 @@ class Criterion(ABC):
         return bool(self._within(np.array([0]), np.array([len(self.table.table.layers)]))[0])
 
     def allowed(self, starts: IntArray, stops: IntArray) -> NDArray[np.bool_]:
-        """The limit on seconds."""
-        if self.limits.seconds == float("inf"):
-            return np.ones(np.shape(stops), dtype=np.bool_)
+        """The limit on seconds, and something to train."""
+        allowed = np.ones(np.shape(stops), dtype=np.bool_)
         table = self.table
-        seconds = table.entry[starts] + table.compute(starts, stops) + table.exit[stops]
-        return np.asarray(seconds <= self.limits.seconds)
+        if self.limits.trained:
+            allowed &= self._with_parameters[stops] > self._with_parameters[starts]
+        if self.limits.seconds < float("inf"):
+            allowed &= table.entry[starts] + table.compute(starts, stops) + table.exit[stops] <= self.limits.seconds
+        return allowed
 
     def inner(self, starts: IntArray, stops: IntArray) -> FloatArray:
         """Cost of the run; inf where a limit is exceeded."""

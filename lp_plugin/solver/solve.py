@@ -53,7 +53,10 @@ def solve(
     """
     bounds = constraints or Constraints()
     tables = stage_tables(profile, cluster, workload)
-    search = _Search(tables, profile.num_layers, *stage_limits(bounds, workload), rounds=_rounds(workload))
+    limits, total = stage_limits(bounds, workload)
+    if workload.phase == "train" and sum(layer.parameters > 0 for layer in profile.layers) >= len(tables):
+        limits = dataclasses.replace(limits, trained=True)
+    search = _Search(tables, profile.num_layers, limits, total, rounds=_rounds(workload))
     boundaries = search.best(objective)
     if boundaries is None:
         return None
