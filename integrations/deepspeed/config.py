@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
 from lp_plugin.errors import DeepSpeedConfigError
 from lp_plugin.files import read_text
+from lp_plugin.job.watch.timeout import DEFAULT_TIMEOUT_SECONDS, LEAST_TIMEOUT_SECONDS, MOST_TIMEOUT_SECONDS
 from lp_plugin.objective import Objective
 from lp_plugin.quantity import said, shown
 from lp_plugin.workload import Phase, Workload
@@ -53,7 +54,7 @@ class Section(BaseModel):
     """Tokens per sample, for FLOPs and for the inferred input."""
     input: list[InputSpec] | InputSpec | None = None
     """What ``profile`` feeds to the first layer; inferred from an embedding or linear layer if left out."""
-    timeout: Annotated[float, Field(ge=1, le=86_400)] = 300.0
+    timeout: Annotated[float, Field(ge=LEAST_TIMEOUT_SECONDS, le=MOST_TIMEOUT_SECONDS)] = DEFAULT_TIMEOUT_SECONDS
     """Seconds after which a rank that does not move ends the job, under ``lp-plugin launch``."""
     check_finite: bool = False
     """Whether activations and gradients that cross between stages are checked, at the end of each batch."""

@@ -25,7 +25,8 @@ from deepspeed.utils import logger
 from lp_plugin.errors import HardwareError
 from lp_plugin.job.launch import join_launcher
 from lp_plugin.job.place import at
-from lp_plugin.job.watch.watch import DEFAULT_TIMEOUT_SECONDS, watch
+from lp_plugin.job.watch.timeout import DEFAULT_TIMEOUT_SECONDS
+from lp_plugin.job.watch.watch import watch
 from lp_plugin.measure.layers import synchronize
 from lp_plugin.schedule import Interval
 

@@ -33,7 +33,7 @@ class FiniteCheck:
 
     def __init__(self, engine: Any) -> None:
         self._engine = engine
-        self._passes: list[tuple[str, int]] = []
+        self._passes: list[tuple[str, int | None]] = []
         """Of this batch: what each made, and of which micro-batch."""
         self._largest = torch.zeros((_FIRST_ROOM, 2), device=engine.device)
         """Largest magnitudes that each took and made: not finite if any of its values is not."""
@@ -71,7 +71,7 @@ class FiniteCheck:
             _note(values(engine, buffer_id, False), self._largest[number, 0])
             carry_out(engine, buffer_id=buffer_id)
             _note(values(engine, buffer_id, True), self._largest[number, 1])
-            self._passes.append((what, sum(each == what for each, _ in self._passes)))
+            self._passes.append((what, here().micro_batch))  # which the instruction has just told
 
         return run
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 
 from lp_plugin.errors import WeightsError
+from lp_plugin.files import open_regular
 from lp_plugin.model.architecture import read_config
 
 __all__ = ["model_digest"]
@@ -27,12 +29,13 @@ def model_digest(directory: str | Path) -> str:
     digest = hashlib.sha256(json.dumps(read_config(directory), sort_keys=True).encode())
     for file in sorted(Path(directory).glob("*.safetensors")):
         try:
-            size = file.stat().st_size
-            digest.update(f"{file.name}:{size}".encode())
-            with file.open("rb") as opened:
+            with open_regular(file) as opened:
+                size = os.fstat(opened.fileno()).st_size
+                digest.update(f"{file.name}:{size}".encode())
                 for sample in range(_SAMPLES):
                     opened.seek(sample * max(size - _SAMPLE_BYTES, 0) // (_SAMPLES - 1))
                     digest.update(opened.read(_SAMPLE_BYTES))
         except OSError as error:
-            raise WeightsError(f"{file} can't be read: {error.strerror}; copy the model directory again.") from None
+            reason = error.strerror or error
+            raise WeightsError(f"{file} can't be read: {reason}; copy the model directory again.") from None
     return digest.hexdigest()

@@ -159,6 +159,12 @@ class HFPipelineModule(PipelineModule):
 
     def _checked(self, plan: Plan) -> Plan:
         """The plan, predicted again for these devices if it was made for others; refused if it can't hold the rows."""
+        here = self._evaluated(plan)
+        made_for = [stage.device for stage in plan.stages]
+        return plan if made_for == [stage.device for stage in here.stages] else here
+
+    def _evaluated(self, plan: Plan) -> Plan:
+        """The plan's boundaries, predicted for these devices and this workload; refused if they can't hold it."""
         mine = (len(self._layer_specs), self.num_stages, self.lp_profile.tensor_parallel)
         if (len(plan.layers), plan.num_stages, plan.tensor_parallel) != mine:
             raise PlanFileError(
@@ -169,11 +175,10 @@ class HFPipelineModule(PipelineModule):
         if not fits(here):
             raise InfeasibleError(
                 f"with rows of {self.lp_workload.sequence} tokens, {self.lp_workload.micro_batch} per micro-batch, "
-                "the plan's stages don't fit these devices; plan for this sequence, or lower --micro-batch.",
+                "the plan's stages don't fit these devices; plan for this sequence, or make micro-batches smaller.",
                 table=as_text(stage_table(here)),
             )
-        made_for = [stage.device for stage in plan.stages]
-        return plan if made_for == [stage.device for stage in here.stages] else here
+        return here
 
     def _new_plan(self, method: str) -> Plan:
         """Collective if layers are timed."""

@@ -26,7 +26,7 @@ from transformers import AutoConfig
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from lp_plugin.errors import DeepSpeedConfigError, InfeasibleError, PlanFileError
+from lp_plugin.errors import DeepSpeedConfigError, PlanFileError
 from lp_plugin.hardware import Cluster
 from lp_plugin.integrations.deepspeed.config import read_settings
 from lp_plugin.integrations.deepspeed.methods import detected_cluster
@@ -38,8 +38,7 @@ from lp_plugin.integrations.transformers.save import save_model
 from lp_plugin.integrations.transformers.weights import is_tied
 from lp_plugin.plan import Plan
 from lp_plugin.planfile import load_plan
-from lp_plugin.report import as_text, stage_table
-from lp_plugin.solver.solve import evaluate, fits
+from lp_plugin.solver.solve import evaluate
 
 __all__ = ["HFTrainingModule", "causal_loss"]
 
@@ -196,30 +195,10 @@ class HFTrainingModule(HFPipelineModule):
             self.lp_plan = self._new_plan(method.lower())
         elif self._lp_given is None:
             PipelineModule._partition_layers(self, method)
-            self.lp_plan = self._predicted(self.parts)
+            self.lp_plan = evaluate(self.lp_profile, self.lp_cluster, self.lp_workload, self.parts)
         else:
-            self.lp_plan = self._checked(self._lp_given)
+            self.lp_plan = self._evaluated(self._lp_given)
         self._settle()
-
-    def _checked(self, plan: Plan) -> Plan:
-        """The plan's boundaries, predicted for this training; refused if they can't hold it."""
-        mine, theirs = (self.lp_profile.num_layers, self.num_stages), (len(plan.layers), plan.num_stages)
-        if mine != theirs or plan.tensor_parallel > 1:
-            raise PlanFileError(
-                f"the plan has {theirs[0]} layers in {theirs[1]} stages of {plan.tensor_parallel} ranks, the model "
-                f"{mine[0]} in {mine[1]} of 1; make a plan for this model and these processes."
-            )
-        here = self._predicted(plan.boundaries)
-        if not fits(here):
-            raise InfeasibleError(
-                f"trained in micro-batches of {self.lp_workload.micro_batch} rows of {self.lp_workload.sequence} "
-                "tokens, the plan's stages don't fit these devices; plan for that, or make micro-batches smaller.",
-                table=as_text(stage_table(here)),
-            )
-        return here
-
-    def _predicted(self, boundaries: Any) -> Plan:
-        return evaluate(self.lp_profile, self.lp_cluster, self.lp_workload, boundaries)
 
     def _build(self) -> None:
         stage = self._make_stage(self._local_start, self._local_stop)

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from lp_plugin.cli.app import app, require
+from lp_plugin.job.watch.timeout import DEFAULT_TIMEOUT_SECONDS
 
 __all__ = ["generate", "launch", "run"]
 
@@ -38,7 +39,7 @@ def run(
     ] = None,
     timeline: Annotated[Path | None, typer.Option(help="Draw what each stage did when (.png, .svg, .pdf).")] = None,
     report: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
-    timeout: Annotated[float, typer.Option(help=_TIMEOUT)] = 300.0,
+    timeout: Annotated[float, typer.Option(help=_TIMEOUT)] = DEFAULT_TIMEOUT_SECONDS,
     check_finite: Annotated[
         bool, typer.Option("--check-finite", help="Name the first stage and micro-batch whose output is not finite.")
     ] = False,
@@ -103,7 +104,7 @@ def generate(
     ] = False,
     report: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
     stream: Annotated[bool, typer.Option("--stream", help="Print texts as they come.")] = False,
-    timeout: Annotated[float, typer.Option(help=_TIMEOUT)] = 300.0,
+    timeout: Annotated[float, typer.Option(help=_TIMEOUT)] = DEFAULT_TIMEOUT_SECONDS,
 ) -> None:
     """Continue prompts with a pipelined model; interrupted, the same command goes on where it stopped."""
     require("run", "torch", "deepspeed", "transformers")

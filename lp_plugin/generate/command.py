@@ -10,7 +10,7 @@ from lp_plugin.generate.job import GenerateJob
 from lp_plugin.generate.outcome import Outcome
 from lp_plugin.job.figures import write_figures
 from lp_plugin.job.launch import start_job
-from lp_plugin.job.watch.watch import check_timeout
+from lp_plugin.job.watch.timeout import check_timeout
 from lp_plugin.report import console
 
 __all__ = ["generate"]

@@ -217,8 +217,8 @@ def run_and_report(entry: Callable[..., Any], *arguments: Any) -> Any:
     """
     try:
         return entry(*arguments)
-    except KeyboardInterrupt:
-        report("interrupted", "interrupted")
+    except KeyboardInterrupt as error:
+        announce(error)
         _end(130)
     except BaseException as error:  # noqa: BLE001 - whatever it is, the other ranks must not hang
         deliberate = error if isinstance(error, LpPluginError) else explained(error)

@@ -12,7 +12,8 @@ from lp_plugin.errors import WorldSizeError
 from lp_plugin.integrations.deepspeed.engine import init_distributed
 from lp_plugin.job.layout import Layout
 from lp_plugin.job.place import at
-from lp_plugin.job.watch.watch import DEFAULT_TIMEOUT_SECONDS, leave
+from lp_plugin.job.watch.timeout import DEFAULT_TIMEOUT_SECONDS
+from lp_plugin.job.watch.watch import leave
 
 __all__ = ["agree", "check_processes", "gather", "run_rank"]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lp_plugin.job.figures import write_figures
 from lp_plugin.job.launch import start_job
-from lp_plugin.job.watch.watch import check_timeout
+from lp_plugin.job.watch.timeout import check_timeout
 from lp_plugin.picture import timeline_picture
 from lp_plugin.report import console
 from lp_plugin.score.job import ScoreJob

@@ -9,7 +9,6 @@ micro-batches a step. ``losses.json`` gets every curve, ``losses.md`` how far ea
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import shutil
 import sys
@@ -17,32 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "integrations"))
-from families import make_config, make_model, training_micro_batches
+from families import make_config, make_model, plain_losses
 from training_cases import CHECKPOINTED, RANK, ZERO, by_hand, losses, make, start, trained
 
 from lp_plugin.integrations.deepspeed.checkpoints import resume
 from lp_plugin.integrations.deepspeed.engine import init_distributed
 
 STEPS = 200
-
-
-def plain_loop(folder: Path) -> list[float]:
-    """By torch and transformers alone; DeepSpeed's Adam decays weights by 0.01, its engine clips norms to 1."""
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)
-    data, found = training_micro_batches(), []
-    for _ in range(STEPS):
-        step = [model(tokens, labels=tokens, use_cache=False).loss / 4 for tokens in itertools.islice(data, 4)]
-        for loss in step:
-            loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        found.append(sum(float(loss.detach()) for loss in step))
-    return found
 
 
 def interrupted(model: Path, folder: Path) -> list[float]:
@@ -90,7 +72,7 @@ def main() -> None:
     torch.distributed.barrier()
     found = {name: curves(scratch / name, scratch / f"{name}-checkpoint") for name in ("untied", "tied")}
     if RANK == 0:
-        found = {name: {"plain loop": plain_loop(scratch / name)} | runs for name, runs in found.items()}
+        found = {name: {"plain loop": plain_losses(scratch / name, STEPS)} | runs for name, runs in found.items()}
         (folder / "losses.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         (folder / "losses.md").write_text(table(found), encoding="utf-8")
         shutil.rmtree(scratch)

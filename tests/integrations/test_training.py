@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import json
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from commands import Start
-from families import make_config, make_model, training_micro_batches
+from families import make_config, make_model, plain_losses
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -47,24 +48,8 @@ def ranks(folder: Path) -> Ranks:
 
 @pytest.fixture(scope="module")
 def expected(models: Path) -> Callable[[str], list[float]]:
-    """Losses of the whole model, by torch and transformers alone; DeepSpeed clips gradients at 1 and decays by 0.01."""
-    known: dict[str, list[float]] = {}
-
-    def train(name: str) -> list[float]:
-        model = AutoModelForCausalLM.from_pretrained(models / name).train()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)
-        data, losses = training_micro_batches(), []
-        for _ in range(STEPS):
-            step = [model(tokens, labels=tokens, use_cache=False).loss / 4 for tokens in itertools.islice(data, 4)]
-            for loss in step:
-                loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.append(sum(float(loss.detach()) for loss in step))
-        return losses
-
-    return lambda name: known.setdefault(name, train(name))
+    """Losses of the whole model, by torch and transformers alone."""
+    return functools.cache(lambda name: plain_losses(models / name, STEPS))
 
 
 @pytest.mark.parametrize(

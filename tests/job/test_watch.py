@@ -13,7 +13,8 @@ import pytest
 
 from lp_plugin import WorkloadError
 from lp_plugin.job.place import Place, at, here, set_stage, set_step
-from lp_plugin.job.watch.watch import EXIT_LOST_PEER, check_timeout
+from lp_plugin.job.watch.timeout import check_timeout
+from lp_plugin.job.watch.watch import EXIT_LOST_PEER
 
 TIMEOUT = 1.5
 KILLED = -9

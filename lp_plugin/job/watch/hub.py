@@ -165,9 +165,7 @@ class Hub:
             return None
         absent = [rank for rank in range(self._world) if rank not in self._ranks]
         listed = ", ".join(map(str, absent[:8])) + (", ..." if len(absent) > 8 else "")
-        text = (
-            f"did not come within {self._timeout:g} s, nor did all others (missing: {listed} of {self._world} ranks)."
-        )
+        text = f"did not come within {allowed:g} s; missing are {listed} of {self._world} ranks: start them all."
         unknown = Peer(rank=absent[0], host="an unknown host", machine="", pid=0)
         return Verdict(kind="missing", peer=unknown, place="start", text=text)
 

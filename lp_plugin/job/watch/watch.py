@@ -23,18 +23,16 @@ from typing import Any, TypeVar
 
 import torch
 
-from lp_plugin.errors import RuntimeEnvironmentError, WorkloadError
+from lp_plugin.errors import RuntimeEnvironmentError
 from lp_plugin.job.place import at, here
 from lp_plugin.job.watch.hub import LINE_BYTES, START_SECONDS, Hub
 from lp_plugin.job.watch.member import Member
 from lp_plugin.job.watch.verdict import Peer, Verdict, own_machine, own_versions
 
 __all__ = [
-    "DEFAULT_TIMEOUT_SECONDS",
     "EXIT_LOST_PEER",
     "announce",
     "await_verdict",
-    "check_timeout",
     "leave",
     "lost_peer",
     "report",
@@ -43,8 +41,6 @@ __all__ = [
 
 EXIT_LOST_PEER = 75
 """Exit code of a rank that ends because another one has to."""
-DEFAULT_TIMEOUT_SECONDS = 300.0
-"""For a rank that hangs; one that dies is noticed at once."""
 _FIRST_SECONDS = 0.5
 """Before a rank ends because of another: a launcher, which looks every 0.1 seconds, must see that one first."""
 _TERM_SECONDS = 1.0
@@ -54,25 +50,10 @@ _REPORT_SECONDS = 2.0
 _VERDICT_SECONDS = 2.0
 """For the verdict on the rank that a connection was lost to."""
 _PEER_GONE = ("connection closed", "connection reset", "socket", "gloo", "nccl", "broken pipe", "timed out")
-_LEAST_SECONDS, _MOST_SECONDS = 1.0, 86_400.0
 
 _Answer = TypeVar("_Answer")
 
 _watch: Watch | None = None
-
-
-def check_timeout(seconds: float, option: str) -> float:
-    """Refuses a time after which a rank can't be told to hang.
-
-    Raises:
-        WorkloadError: Naming the option.
-    """
-    if not _LEAST_SECONDS <= seconds <= _MOST_SECONDS:
-        raise WorkloadError(
-            f"{option} is {seconds:g} s; give {_LEAST_SECONDS:g} to {_MOST_SECONDS:,.0f} seconds, more than a "
-            "micro-batch takes on the slowest stage."
-        )
-    return seconds
 
 
 def watch(timeout_seconds: float) -> None:
