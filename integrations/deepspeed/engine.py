@@ -68,10 +68,12 @@ def init_distributed(timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS) -> None:
         HardwareError: If this host has fewer GPUs than processes.
         RuntimeEnvironmentError: If other ranks can't be reached, or have other versions.
     """
+    cuda = torch.cuda.is_available()
+    if not cuda:  # DeepSpeed takes stderr away while it looks, so before this rank may have something to say
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not torch.distributed.is_initialized():
         watch(timeout_seconds)
         at("init")
-    cuda = torch.cuda.is_available()
     if cuda:
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         if local_rank >= torch.cuda.device_count():
@@ -80,8 +82,6 @@ def init_distributed(timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS) -> None:
                 "Ask for fewer stages per host, or check CUDA_VISIBLE_DEVICES."
             )
         torch.cuda.set_device(local_rank)
-    else:
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     warnings.filterwarnings("ignore", message=r"barrier\(\): using the device", category=UserWarning)  # DeepSpeed's own
     with quiet():
         deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", timeout=_TIMEOUT)

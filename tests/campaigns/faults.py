@@ -141,7 +141,7 @@ def _judged(case: Case, ended: list[Ended], ranks: int) -> tuple[list[str], floa
     where = ".*" if case.place == "init" else rf"stage {case.rank}\b.*"
     naming = rf"rank {case.rank} (on \S+ )?\({where}\) (died|hung|failed)"
     if not re.search(naming, "".join(each.said for each in ended)):
-        problems.append(f"nobody named it: {[each.said[-200:] for each in ended]}")
+        problems.append(f"nobody named it: {[(each.code, each.at, each.said[-200:]) for each in ended]}")
     told = [at for each in ended for at, line in each.lines if re.search(naming, line)]
     seconds = min(told, default=max(each.at for each in ended)) - float(injected[1])
     bound = TIMEOUT + 1 if case.fault == "SIGSTOP" else 2.0
