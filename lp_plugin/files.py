@@ -6,6 +6,7 @@ import json
 import os
 import stat
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -156,8 +157,12 @@ def check_output(path: Path, what: str) -> None:
         raise InvalidInputError(f"{what} can't be written to {path}: {error}.") from None
 
 
-def write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, text: str | Iterable[str]) -> None:
     """Writes a text file through a temporary file beside it and a rename.
+
+    Args:
+        path: The file.
+        text: All of it, or its parts.
 
     Raises:
         OSError: If the folder can't be written, or the target is no regular file; nothing is left behind.
@@ -167,7 +172,7 @@ def write_atomically(path: Path, text: str) -> None:
     temporary = Path(name)
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
-            stream.write(text)
+            stream.writelines([text] if isinstance(text, str) else text)
             stream.flush()
             os.fsync(stream.fileno())
         umask = os.umask(0)

@@ -52,8 +52,7 @@ def run(job: GenerateJob) -> Outcome | None:
         ranks = gather(_Rank(job, planned, remaining).run(journal))
     if journal is None:
         return None
-    journal.finish()
-    return Outcome(
+    outcome = Outcome(
         plan=planned,
         layout=job.layout,
         ranks=ranks,
@@ -62,6 +61,8 @@ def run(job: GenerateJob) -> Outcome | None:
         max_new_tokens=job.max_new_tokens,
         total_new_tokens=sum(len(record["token_ids"]) for record in journal.records.values()),
     )
+    journal.finish()
+    return outcome
 
 
 def _plan(job: GenerateJob, remaining: list[int]) -> GenerationPlan:

@@ -2,7 +2,8 @@
 
 Results are appended to ``OUTPUT.partial`` as they come and forced to disk; when all are there, they are written to
 ``OUTPUT`` in input order through a rename, and the journal is removed. A job that is started again reads its
-journal first. The first line names the job, so that results of different jobs never mix.
+journal first. The first line names the job, so that results of different jobs never mix. Memory holds a number per
+document, where its result begins: however long a job is, it needs no more.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Iterable, Mapping
+from array import array
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Generic, TypeVar, cast
+from typing import IO, Any, Generic, TypeVar, cast
 
 from lp_plugin.errors import DocumentError
 from lp_plugin.files import check_target, open_regular, parse_json, write_atomically
@@ -24,6 +26,7 @@ Record = TypeVar("Record", bound=Mapping[str, Any])
 
 _MOST_BYTES = 2**26  # of a line; a few per token of a document
 _MOST_VALUES = 10_000_000  # in a line; one or two per token
+_NOWHERE = -1
 
 
 class Journal(Generic[Record]):
@@ -36,7 +39,7 @@ class Journal(Generic[Record]):
         kind: A TypedDict: the keys of a result, in the order of the output.
 
     Attributes:
-        records: What is finished, by the document's number in the input.
+        records: What is finished, by the document's number in the input; read from the disk, until `finish`.
 
     Raises:
         DocumentError: If the output can't be written there, or the journal belongs to another job.
@@ -47,11 +50,12 @@ class Journal(Generic[Record]):
         self.path = self.output.with_name(f"{self.output.name}.partial")
         self._ids = ids
         self._keys = tuple(kind.__annotations__)
-        self.records: dict[int, Record] = {}
+        self._starts = array("q", [_NOWHERE]) * len(ids)
         self._good_bytes = 0
         try:
             check_target(self.path)
-            self._stream = self.path.open("ab")
+            self._stream = self.path.open("a+b")
+            self.records: Mapping[int, Record] = _Records(self._stream, self._starts, self._keys)
             try:
                 fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 self._read(job_digest)
@@ -72,20 +76,24 @@ class Journal(Generic[Record]):
 
     def missing(self) -> list[int]:
         """Documents that have no result yet, in input order."""
-        return [index for index in range(len(self._ids)) if index not in self.records]
+        return [index for index, start in enumerate(self._starts) if start == _NOWHERE]
 
     def append(self, records: Mapping[int, Record]) -> None:
         """Adds results; on return they are on disk."""
+        starts = {}
         try:
+            end = self._stream.seek(0, os.SEEK_END)
             for index, record in records.items():
-                self._write_line({"index": index, **record})
+                starts[index] = end
+                end += self._write_line({"index": index, **record})
             self._stream.flush()
             os.fsync(self._stream.fileno())
         except OSError as error:
             raise DocumentError(
                 f"{self.path} can't be written: {error.strerror}; make room, then start the same command again."
             ) from None
-        self.records.update(records)
+        for index, start in starts.items():
+            self._starts[index] = start
 
     def finish(self) -> None:
         """Writes the output in input order and removes the journal.
@@ -94,7 +102,7 @@ class Journal(Generic[Record]):
             DocumentError: If the output can't be written; the journal stays.
         """
         try:
-            write_atomically(self.output, "".join(self._output_lines()))
+            write_atomically(self.output, self._output_lines())
         except OSError as error:
             raise DocumentError(
                 f"{self.output} can't be written: {error.strerror or error}; all results are in {self.path.name}: "
@@ -107,8 +115,9 @@ class Journal(Generic[Record]):
         for index, identity in enumerate(self._ids):
             yield json.dumps({"id": identity, **self.records[index]}, ensure_ascii=False) + "\n"
 
-    def _write_line(self, record: Mapping[str, Any]) -> None:
-        self._stream.write(json.dumps(record).encode() + b"\n")
+    def _write_line(self, record: Mapping[str, Any]) -> int:
+        """Bytes of the line."""
+        return self._stream.write(json.dumps(record).encode() + b"\n")
 
     def _read(self, job_digest: str) -> None:
         with open_regular(self.path) as file:
@@ -122,8 +131,8 @@ class Journal(Generic[Record]):
         try:
             record = parse_json(line.decode(), _MOST_VALUES)
             if number > 1:
-                result = {key: record[key] for key in self._keys}
-                self.records[self._checked(record["index"])] = cast("Record", result)
+                _result(record, self._keys)
+                self._starts[self._checked(record["index"])] = self._good_bytes
             named = record["job"] if number == 1 else job_digest
         except (ValueError, KeyError, TypeError) as error:
             raise DocumentError(
@@ -140,3 +149,26 @@ class Journal(Generic[Record]):
         if type(index) is not int or not 0 <= index < len(self._ids):
             raise ValueError(f"index {shown(index)} of {len(self._ids)} documents")
         return index
+
+
+class _Records(Mapping[int, Record]):
+    """What a journal holds, read when it is asked for."""
+
+    def __init__(self, stream: IO[bytes], starts: array[int], keys: tuple[str, ...]) -> None:
+        self._stream, self._starts, self._keys = stream, starts, keys
+
+    def __getitem__(self, index: int) -> Record:
+        if not 0 <= index < len(self._starts) or self._starts[index] == _NOWHERE:
+            raise KeyError(index)
+        self._stream.seek(self._starts[index])
+        return cast("Record", _result(json.loads(self._stream.readline()), self._keys))
+
+    def __iter__(self) -> Iterator[int]:
+        return (index for index, start in enumerate(self._starts) if start != _NOWHERE)
+
+    def __len__(self) -> int:
+        return len(self._starts) - self._starts.count(_NOWHERE)
+
+
+def _result(line: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
+    return {key: line[key] for key in keys}

@@ -63,8 +63,9 @@ def run(job: ScoreJob) -> Outcome | None:
     if journal is None or progress is None:
         return None
     progress.close()
+    outcome = _outcome(job, done, ranks, journal)
     journal.finish()
-    return _outcome(job, done, ranks, journal)
+    return outcome
 
 
 @dataclass(kw_only=True)

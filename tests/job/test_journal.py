@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypedDict
@@ -143,6 +144,21 @@ def test_log_likelihoods_survive_to_the_last_bit(opened: Open) -> None:
     assert opened().records == values
 
 
+def test_memory_does_not_grow_with_the_results(tmp_path: Path) -> None:
+    count = 5_000
+    journal: Journal[Score] = Journal(tmp_path / "scores.jsonl", "job", tuple(range(count)), Score)
+    tracemalloc.start()
+    try:
+        for index in range(count):
+            journal.append({index: Score(num_tokens=index, log_likelihood=-0.1 * index)})
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert held < count  # bytes; as objects they would take two hundred each
+    assert journal.records[count // 2] == Score(num_tokens=count // 2, log_likelihood=-0.1 * (count // 2))
+    journal.finish()
+
+
 def test_every_truncation_resumes(output: Path, partial: Path, written: Write, opened: Open) -> None:
     """A crash may leave any number of bytes: whole lines count, the torn one is scored again, each once."""
     written(2, 0, 3, 1)
@@ -151,7 +167,8 @@ def test_every_truncation_resumes(output: Path, partial: Path, written: Write, o
         partial.write_bytes(content[:kept])
         whole = content[:kept].decode().split("\n")[1:-1]  # without the job's line and what follows the last end
         journal = opened()
-        assert list(journal.records) == [json.loads(line)["index"] for line in whole], kept
+        assert list(journal.records) == sorted(json.loads(line)["index"] for line in whole), kept
+        assert len(journal.records) == len(whole)
         assert journal.records == {index: SCORES[index] for index in journal.records}
         journal.append({index: SCORES[index] for index in journal.missing()})
         indices = [line["index"] for line in records(partial)[1:]]
