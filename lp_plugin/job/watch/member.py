@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from lp_plugin.job.place import here, seconds_here
 from lp_plugin.job.watch.hub import BEAT_SECONDS, LINE_BYTES, encode
+from lp_plugin.job.watch.meeting import Meeting
 from lp_plugin.job.watch.verdict import Peer, Verdict
 
 __all__ = ["Member"]
@@ -25,8 +26,7 @@ class Member:
 
     Args:
         peer: This rank.
-        hub: Rank 0.
-        token: Of the job.
+        met: Rank 0, and the connection to it.
         versions: Of this rank's packages.
         timeout_seconds: How long the hub may be silent.
         on_verdict: Called when the job has to end; it does not return if this process does.
@@ -36,15 +36,14 @@ class Member:
     def __init__(
         self,
         peer: Peer,
-        hub: Peer,
-        token: str,
+        met: Meeting,
         versions: dict[str, str],
         timeout_seconds: float,
         *,
         on_verdict: Callable[[Verdict], None],
         on_roster: Callable[[tuple[Peer, ...]], None],
     ) -> None:
-        self._peer, self._hub, self._token, self._versions = peer, hub, token, versions
+        self._peer, self._met, self._versions = peer, met, versions
         self._timeout = timeout_seconds
         self._on_verdict, self._on_roster = on_verdict, on_roster
         self._writer: asyncio.StreamWriter | None = None
@@ -53,10 +52,10 @@ class Member:
         self._hubs_place = "start"
         self._first: asyncio.Future[bool] | None = None
 
-    async def run(self, host: str, port: int) -> None:
+    async def run(self) -> None:
         """From hello to goodbye; returns when the hub has left, or this rank has."""
-        reader, self._writer = await asyncio.open_connection(host, port, limit=_ROSTER_BYTES)
-        hello = {"token": self._token, "peer": asdict(self._peer), "versions": self._versions}
+        reader, self._writer = await asyncio.open_connection(sock=self._met.connection, limit=_ROSTER_BYTES)
+        hello = {"token": self._met.token, "peer": asdict(self._peer), "versions": self._versions}
         self._writer.write(encode(hello))
         beats = asyncio.create_task(self._beat())
         try:
@@ -120,4 +119,4 @@ class Member:
 
     def _lost(self, kind: Literal["died", "hung"], text: str) -> None:
         """Rank 0 is gone."""
-        self._on_verdict(Verdict(kind=kind, peer=self._hub, place=self._hubs_place, text=text))
+        self._on_verdict(Verdict(kind=kind, peer=self._met.hub, place=self._hubs_place, text=text))

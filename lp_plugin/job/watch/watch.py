@@ -6,9 +6,7 @@ import asyncio
 import atexit
 import contextlib
 import functools
-import json
 import os
-import secrets
 import signal
 import socket
 import sys
@@ -16,16 +14,12 @@ import threading
 import time
 from collections.abc import Callable, Coroutine
 from concurrent.futures import CancelledError
-from dataclasses import asdict
-from datetime import timedelta
 from types import FrameType
 from typing import Any, TypeVar
 
-import torch
-
-from lp_plugin.errors import RuntimeEnvironmentError
 from lp_plugin.job.place import at, here
-from lp_plugin.job.watch.hub import LINE_BYTES, START_SECONDS, Hub
+from lp_plugin.job.watch.hub import LINE_BYTES, Hub
+from lp_plugin.job.watch.meeting import meet
 from lp_plugin.job.watch.member import Member
 from lp_plugin.job.watch.verdict import Peer, Verdict, own_machine, own_versions
 
@@ -142,7 +136,6 @@ class Watch:
         self._roster: tuple[Peer, ...] = ()
         self._verdict: Verdict | None = None
         self._ready = threading.Event()
-        self._failure: str | None = None
         self._hub: Hub | None = None
         self._agent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
 
@@ -154,11 +147,11 @@ class Watch:
         """
         at("start")
         versions = own_versions()
-        host, port, token, hub, listening = self._meet()
-        if listening is not None:
-            self._hub = Hub(self._world, self._timeout, token, versions)
+        self._met = meet(self._peer, self._world, self._timeout)
+        if self._met.listening is not None:
+            self._hub = Hub(self._world, self._timeout, self._met.token, versions)
         self._member = Member(
-            self._peer, hub, token, versions, self._timeout, on_verdict=self._end, on_roster=self._everyone_is_there
+            self._peer, self._met, versions, self._timeout, on_verdict=self._end, on_roster=self._everyone_is_there
         )
         self._term, self._woken = socket.socketpair()
         if threading.current_thread() is threading.main_thread():
@@ -166,15 +159,10 @@ class Watch:
             signal.set_wakeup_fd(self._woken.fileno(), warn_on_full_buffer=False)
             if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
                 signal.signal(signal.SIGTERM, _terminated)  # or set_wakeup_fd hears nothing of it
-        self._thread = threading.Thread(target=self._run, args=(host, port, listening), name="watch", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self._thread.start()
         os.register_at_fork(after_in_child=self._forget)
         self._ready.wait()  # the watch itself ends the process if ranks don't come
-        if self._failure is not None:
-            raise RuntimeEnvironmentError(
-                f"rank {self._peer.rank} can't watch over the job: {self._failure}; check that port {port} of rank 0's "
-                f"host ({host}) can be reached from {self._peer.host}."
-            )
 
     def part(self) -> None:
         """Says goodbye; the other ranks go on without this one."""
@@ -211,52 +199,17 @@ class Watch:
                     break
         return otherwise
 
-    def _meet(self) -> tuple[str, int, str, Peer, socket.socket | None]:
-        """Where the hub listens, the job's token, rank 0, and there its socket; through the launcher's store."""
-        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        first, allowed = self._peer.rank == 0, max(self._timeout, START_SECONDS)
-        key = f"lp_plugin/watch/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-        try:
-            self._store = torch.distributed.TCPStore(
-                address,
-                port,
-                self._world,
-                is_master=first and not agent,
-                timeout=timedelta(seconds=allowed),
-                wait_for_workers=False,
-                multi_tenant=True,
-            )
-            if not first:
-                found = json.loads(self._store.get(key))
-                return address, int(found["port"]), str(found["token"]), Peer(**found["hub"]), None
-            listening = _listen(address)
-            token = secrets.token_hex(16)
-            port = int(listening.getsockname()[1])
-            self._store.set(key, json.dumps({"port": port, "token": token, "hub": asdict(self._peer)}))
-        except (RuntimeError, OSError, ValueError) as error:
-            reason = next(iter(str(error).splitlines()), "")
-            raise RuntimeEnvironmentError(
-                f"rank {self._peer.rank} on {self._peer.host} can't reach rank 0 at {address}:{port} within "
-                f"{allowed:g} s: {reason}; check that all ranks were started, and MASTER_ADDR."
-            ) from None
-        return address, port, token, self._peer, listening
-
-    def _run(self, host: str, port: int, listening: socket.socket | None) -> None:
+    def _run(self) -> None:
         with asyncio.Runner() as runner:
             self._loop = runner.get_loop()
-            try:
-                runner.run(self._watch(host, port, listening))
-            except OSError as error:
-                self._failure = str(error)
-                self._ready.set()
+            runner.run(self._watch())
 
-    async def _watch(self, host: str, port: int, listening: socket.socket | None) -> None:
+    async def _watch(self) -> None:
         self._tasks = [asyncio.create_task(self._hear_signals()), asyncio.create_task(self._end_with_agent())]
         if self._hub is not None:
-            await asyncio.start_server(self._hub.serve, sock=listening, limit=LINE_BYTES)
+            await asyncio.start_server(self._hub.serve, sock=self._met.listening, limit=LINE_BYTES)
             self._tasks.append(asyncio.create_task(self._hub.look()))
-        await self._member.run(host, port)
+        await self._member.run()
 
     async def _say_goodbye(self) -> None:
         if self._hub is not None:
@@ -328,12 +281,3 @@ _received: set[int] = set()
 def _terminated(number: int, frame: FrameType | None) -> None:
     del frame
     _received.add(number)
-
-
-def _listen(address: str) -> socket.socket:
-    """A port of rank 0's own address; of all addresses if that is another machine's name for it."""
-    for host in (address, ""):
-        with contextlib.suppress(OSError):
-            family = socket.getaddrinfo(host or "0.0.0.0", None)[0][0]  # noqa: S104
-            return socket.create_server((host, 0), family=family)
-    raise OSError("no port to listen on")
