@@ -1,6 +1,6 @@
 """A training that keeps its losses, one line per step, and goes on from the newest checkpoint when started again.
 
-Started by `fault_jobs` through ``lp-plugin launch``.
+Started by `fault_jobs`, and on two hosts by `tests/job/test_hosts.py`, through ``lp-plugin launch``.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from lp_plugin.integrations.deepspeed.engine import init_distributed, quiet
 from lp_plugin.integrations.transformers.training import HFTrainingModule
 from lp_plugin.job.place import at
 
-STEPS, TOKENS = 6, 32
+TOKENS = 32
 
 
 def rows(step: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -33,6 +33,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("model", type=Path)
     parser.add_argument("output", type=Path)
+    parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--deepspeed_config", type=Path)
     given = parser.parse_args()
     init_distributed()
@@ -45,7 +46,7 @@ def main() -> None:
     first = resume(engine, given.output / "checkpoints")
     losses = given.output / "losses.jsonl"
     known = losses.read_text(encoding="utf-8").splitlines()[:first] if losses.exists() else []
-    for step in range(first, STEPS):
+    for step in range(first, given.steps):
         known.append(json.dumps({"id": step, "loss": float(engine.train_batch(rows(step)))}))
         if engine.global_rank == 0:
             write_atomically(losses, "".join(f"{line}\n" for line in known))
