@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
+import numpy as np
 import torch
 from deepspeed import comm as dist
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
@@ -118,7 +117,7 @@ class _Rank:
         loaded = _allocated()
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
-        clock = _Clock()
+        clock = _Clock(len(self._job.prompts))
         with self._receivers(journal, clock) as (on_tokens, on_finished):
             dist.barrier()  # the ranks have loaded their stages at different times
             clock.start()
@@ -193,21 +192,17 @@ class _Rank:
             progress.close()
 
 
-@dataclass(slots=True)
-class _Times:
-    """When a prompt's tokens came."""
-
-    first: float
-    last: float
-    tokens: int
-
-
 class _Clock:
-    """Measures when tokens come, on the first stage of a replica."""
+    """Measures when tokens come, on the first stage of a replica.
 
-    def __init__(self) -> None:
+    Args:
+        num_prompts: Of the job.
+    """
+
+    def __init__(self, num_prompts: int) -> None:
         self._start = 0.0
-        self._times: dict[int, _Times] = {}
+        self._first, self._last = np.full(num_prompts, np.nan), np.full(num_prompts, np.nan)
+        self._tokens = np.full(num_prompts, 0)
 
     def start(self) -> None:
         """Generation begins."""
@@ -220,19 +215,22 @@ class _Clock:
     def tokens(self, index: int, token_ids: list[int]) -> None:
         """Notes the time of new tokens."""
         now = self.seconds()
-        times = self._times.setdefault(index, _Times(now, now, 0))
-        times.last, times.tokens = now, times.tokens + len(token_ids)
+        if not self._tokens[index]:
+            self._first[index] = now
+        self._last[index] = now
+        self._tokens[index] += len(token_ids)
 
     @property
     def first_token_seconds(self) -> tuple[float, ...]:
         """From the start to each prompt's first token, soonest first; empty on ranks that take no tokens."""
-        return tuple(sorted(times.first for times in self._times.values()))
+        return tuple(np.sort(self._first[self._tokens > 0]).tolist())
 
     @property
     def step_seconds(self) -> float | None:
         """Median over prompts of the time between two of their tokens; None without a second token."""
-        steps = [(each.last - each.first) / (each.tokens - 1) for each in self._times.values() if each.tokens > 1]
-        return statistics.median(steps) if steps else None
+        several = self._tokens > 1
+        steps = (self._last - self._first)[several] / (self._tokens[several] - 1)
+        return float(np.median(steps)) if steps.size else None
 
 
 def _allocated() -> int:

@@ -145,8 +145,11 @@ def train(folder: Path, micro_batches: int) -> None:
 
 
 JOBS: dict[str, tuple[Callable[[Path, int], None], Callable[[int], int]]] = {
-    "score": (score, lambda micro_batches: micro_batches * MICRO_BATCH),
-    "generate": (generate, lambda micro_batches: -(-micro_batches // NEW_TOKENS) * MICRO_BATCH),
+    "score": (score, lambda micro_batches: micro_batches * 33 // 10),  # short ones share a row of a micro-batch
+    "generate": (
+        generate,
+        lambda micro_batches: micro_batches // NEW_TOKENS * MICRO_BATCH * 51 // 50,
+    ),  # some end early
     "train": (train, lambda micro_batches: micro_batches // ACCUMULATION),
 }
 """What a rank does, and the results that it makes of so many micro-batches."""

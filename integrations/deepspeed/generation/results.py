@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 
 from lp_plugin.integrations.deepspeed.generation.slots import Group
@@ -33,7 +34,9 @@ class Results:
         on_tokens: Listener | None = None,
         on_finished: Listener | None = None,
     ) -> None:
-        self._made: list[list[int]] = [[] for _ in range(num_prompts)]
+        self._rows = np.full(
+            (num_prompts, new_tokens + 1), 0, dtype=np.int64
+        )  # memory that a long call has from its start
         self._ended = [False] * num_prompts
         self._new_tokens = new_tokens
         self._ends = frozenset(ends)
@@ -45,18 +48,18 @@ class Results:
         for prompt, token in zip(group.prompts, tokens, strict=False):
             if self._ended[prompt]:
                 continue
-            made = self._made[prompt]
-            made.append(token)
-            self._ended[prompt] = len(made) == self._new_tokens or token in self._ends
+            row = self._rows[prompt]
+            made = int(row[0]) + 1
+            row[0], row[made] = made, token
+            self._ended[prompt] = made == self._new_tokens or token in self._ends
             if self._on_tokens is not None:
                 self._on_tokens(prompt, [token])
             if self._ended[prompt] and self._on_finished is not None:
-                self._on_finished(prompt, list(made))
+                self._on_finished(prompt, row[1 : made + 1].tolist())
 
     def as_tensor(self, device: torch.device) -> torch.Tensor:
         """The number of tokens of each prompt, then the tokens: int64 [prompts, new tokens + 1]."""
-        rows = [[len(made), *made, *([0] * (self._new_tokens - len(made)))] for made in self._made]
-        return torch.tensor(rows, dtype=torch.long).to(device)
+        return torch.from_numpy(self._rows).to(device)
 
     @staticmethod
     def as_lists(tensor: torch.Tensor) -> list[list[int]]:
