@@ -41,7 +41,7 @@ PASSES = {"score": {"forward"}, "generate": {"prefill", "decode"}, "train": {"fo
 """What `lp_plugin.job.place` calls a micro-batch's pass through a stage."""
 NEW_TOKENS = 20
 MICRO_BATCH = 2
-ACCUMULATION = 4
+ACCUMULATION = 8
 BYTES_PER_MICRO_BATCH = 32
 EVERY_SECONDS = 0.5
 
@@ -119,17 +119,17 @@ def generate(folder: Path, micro_batches: int) -> None:
 
 
 def _command(name: str, folder: Path, *arguments: Any) -> None:
-    more = ("--output", folder / "results.jsonl", "--stages", RANKS)
+    more = ("--output", folder / "results0.jsonl", "--stages", RANKS)
     sys.argv = ["lp-plugin", name, *map(str, (shared() / "model", *arguments, *more))]
     cli.main()
 
 
 def train(folder: Path, micro_batches: int) -> None:
-    """A script of one's own: 1F1B with ZeRO-1, the optimizer's step every four micro-batches."""
+    """A script of one's own: 1F1B with ZeRO-1, the optimizer's step every eight micro-batches."""
     config = {
         "train_micro_batch_size_per_gpu": MICRO_BATCH,
         "gradient_accumulation_steps": ACCUMULATION,
-        "steps_per_print": 10**9,
+        "steps_per_print": 100,  # what DeepSpeed's timers have kept goes when it prints
         "optimizer": {"type": "Adam", "params": {"lr": 1e-3, "torch_adam": True}},
         "zero_optimization": {"stage": 1, "reduce_bucket_size": 10**6},
     }
@@ -137,9 +137,9 @@ def train(folder: Path, micro_batches: int) -> None:
     with quiet():
         module = HFTrainingModule(shared() / "model", num_stages=RANKS, config=config, sequence=32)
         engine, *_ = deepspeed.initialize(model=module, model_parameters=module.parameters(), config=config)
-    losses = [float(engine.train_batch(rows(step % 100))) for step in range(micro_batches // ACCUMULATION)]
-    if engine.global_rank == 0:
-        (folder / "results.jsonl").write_text("".join(f"{loss}\n" for loss in losses), encoding="utf-8")
+    with (folder / f"results{engine.global_rank}.jsonl").open("w", encoding="utf-8") as stream:
+        for step in range(micro_batches // ACCUMULATION):
+            stream.write(f"{float(engine.train_batch(rows(step % 100)))}\n")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
@@ -176,7 +176,7 @@ def soak(name: str, micro_batches: int) -> dict[str, Any]:
         seconds = time.monotonic() - started
         if any(each.code for each in ended):
             return {"job": name, "problems": [f"failed: {[each.said[-500:] for each in ended]}"]}
-        with (folder / "results.jsonl").open(encoding="utf-8") as stream:
+        with (folder / "results0.jsonl").open(encoding="utf-8") as stream:
             found = sum(1 for _ in stream)
         samples = [
             [tuple(map(float, line.split())) for line in (folder / f"rank{number}").read_text().splitlines()]
