@@ -8,7 +8,7 @@ from fractions import Fraction
 
 from lp_plugin.errors import InvalidInputError
 
-__all__ = ["format_bytes", "format_seconds", "is_plain", "said", "shown"]
+__all__ = ["format_bytes", "format_seconds", "is_plain", "printable", "said", "shown"]
 __all__ += ["parse_bytes", "parse_flops", "parse_rate", "parse_seconds"]
 
 _Units = Mapping[str, Fraction | int]
@@ -101,6 +101,11 @@ def shown(value: object) -> str:
 def is_plain(text: str) -> bool:
     """Whether a text can be printed as it is: no half characters, no control characters but tabs and line ends."""
     return _CONTROLS.search(text) is None
+
+
+def printable(text: str) -> str:
+    """The text as a terminal may get it: half and control characters escaped, but for tabs and line ends."""
+    return _CONTROLS.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 def said(error: BaseException) -> str:

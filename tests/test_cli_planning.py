@@ -321,3 +321,9 @@ def test_a_sweep_agrees_with_single_plans(command: Command, tmp_path: Path) -> N
 def test_bad_sweeps_are_refused(command: Command, options: tuple[object, ...], says: str) -> None:
     grid = ("--cluster", "h100-sxm:4", "--batch", 8, "--sequence", 64)
     assert says in refused(command, "sweep", REFERENCE, *grid, *options)
+
+
+def test_errors_bring_no_control_characters_to_the_terminal(command: Command, tmp_path: Path) -> None:
+    said = refused(command, "plan", tmp_path / "\x1b[2J", "--cluster", "h200", *WORK)
+    assert "\x1b" not in said
+    assert r"\x1b[2J" in said

@@ -16,6 +16,7 @@ from lp_plugin.quantity import (
     parse_flops,
     parse_rate,
     parse_seconds,
+    printable,
     shown,
 )
 
@@ -141,3 +142,8 @@ def test_anything_is_parsed_to_a_finite_number_or_refused(value):
         except InvalidInputError:
             continue
         assert 0 <= number < math.inf
+
+
+def test_a_terminal_gets_no_control_characters() -> None:
+    assert printable("a\tb\n\u00e9 \u4e2d") == "a\tb\n\u00e9 \u4e2d"
+    assert printable("\x1b]0;title\x07 \x9b \ud800 \r") == r"\x1b]0;title\x07 \x9b \ud800 \r"

@@ -15,6 +15,7 @@ from lp_plugin.cli.planning import explain, plan
 from lp_plugin.cli.running import generate, launch, run
 from lp_plugin.cli.sweeping import sweep
 from lp_plugin.errors import LpPluginError
+from lp_plugin.quantity import printable
 
 __all__ = [
     "app",
@@ -41,5 +42,5 @@ def main() -> None:
     try:
         app()
     except LpPluginError as error:
-        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        print(f"error: {printable(str(error))}", file=sys.stderr)  # noqa: T201
         raise SystemExit(2) from None

@@ -24,6 +24,7 @@ from lp_plugin.errors import LpPluginError, RankFailedError, RuntimeEnvironmentE
 from lp_plugin.job.layout import Layout
 from lp_plugin.job.memory import explained
 from lp_plugin.job.watch.watch import EXIT_LOST_PEER, announce, await_verdict, lost_peer, report
+from lp_plugin.quantity import printable
 
 __all__ = ["join_launcher", "launch_local", "prepare_environment", "run_and_report", "start_job"]
 
@@ -224,13 +225,17 @@ def run_and_report(entry: Callable[..., Any], *arguments: Any) -> Any:
         deliberate = error if isinstance(error, LpPluginError) else explained(error)
         if deliberate is not None:
             if report("failed", str(deliberate)):
-                print(f"error (rank {os.environ['RANK']}): {deliberate}", file=sys.stderr, flush=True)  # noqa: T201
+                _say(str(deliberate))
             _end(EXIT_ERROR)
         if lost_peer(error):
             _end_without_peer(error)
         announce(error)
         traceback.print_exc()
         _end(1)
+
+
+def _say(reason: str) -> None:
+    print(f"error (rank {os.environ['RANK']}): {printable(reason)}", file=sys.stderr, flush=True)  # noqa: T201
 
 
 def _end_without_peer(error: BaseException) -> None:
@@ -241,7 +246,7 @@ def _end_without_peer(error: BaseException) -> None:
     what = "lost the connection to another rank" if joined else "can't reach the other ranks"
     reason = f"{what}: {next(iter(str(error).splitlines()), '')}"
     if report("failed", reason):
-        print(f"error (rank {os.environ['RANK']}): {reason}", file=sys.stderr, flush=True)  # noqa: T201
+        _say(reason)
     _end(EXIT_LOST_PEER if joined else EXIT_ERROR)
 
 

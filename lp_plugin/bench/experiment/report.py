@@ -48,13 +48,14 @@ from lp_plugin.bench.experiment.tables import (
 from lp_plugin.bench.experiment.timelines import spans_picture, split_picture, trace_of
 from lp_plugin.bench.experiment.wording import change_text, file_names, in_one_line, ratio_text, share_text, tokens_text
 from lp_plugin.errors import InvalidInputError
-from lp_plugin.files import write_atomically
+from lp_plugin.files import read_bytes, write_atomically
 
 __all__ = ["TABLES", "chosen_tables", "print_tables", "write_report"]
 
 TABLES = ("performance", "time-split", "memory-access", "footprint", "consistency", "scaling")
 """What can be asked for, in the order of the report."""
 
+_MOST_BYTES = 2**24  # of a report that is replaced; a hundred times as much as one has
 _OWN_FILES = re.compile(
     r"[^/]+-(performance|split|footprint)\.png|timeline-[^/]+--[^/]+\.(png|json)|(scaling|predictions)\.png"
 )
@@ -98,7 +99,8 @@ def _linked(report: Path) -> set[str]:
     """Files beside a report that it has made itself: pictures and timelines, by the names that they get."""
     if not report.is_file():
         return set()
-    links = re.findall(r"\]\(([^()/]+)\)", report.read_text(encoding="utf-8", errors="replace"))
+    text = read_bytes(report, _MOST_BYTES, "it is no report; move it away.").decode(errors="replace")
+    links = re.findall(r"\]\(([^()/]+)\)", text)
     return {name for name in map(unquote, links) if _OWN_FILES.fullmatch(name)}
 
 
