@@ -156,11 +156,11 @@ def heard(engine: Any) -> dict[str, Any]:
 
 
 def broken(models: Path, world: int) -> str:
-    """What a model says whose weights are not numbers."""
+    """What a model says of whose middle stage the weights are not numbers."""
     profile = ModelProfile.from_config(models / "llama")
     engine = make_engine(models / "llama", profile, cuts(profile.num_layers, world)[0])
-    if engine.is_last_stage():
-        engine.module.stage.model.get_output_embeddings().weight.data.fill_(float("nan"))
+    if engine.stage_id == world // 2:
+        next(engine.module.stage.model.parameters()).data.fill_(float("nan"))
     return error(engine, make_prompts(), {"eos_token_id": []})
 
 

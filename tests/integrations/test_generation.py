@@ -131,9 +131,14 @@ def test_bad_calls_are_refused_on_every_rank(ran: Ran, name: str, message: str) 
     assert len(ran[1][0]["errors"]) == len(REFUSED)
 
 
-def test_logits_that_are_not_numbers_are_told_on_every_rank(ran: Ran) -> None:
-    for rank in ran[1]:
-        assert rank["broken"].startswith("RuntimeEnvironmentError: the model's logits are not numbers (nan)")
+def test_the_stage_whose_output_is_not_finite_is_named(ran: Ran) -> None:
+    guilty = len(ran[1]) // 2
+    for number, rank in enumerate(ran[1]):
+        if number == guilty:
+            said = f"NotFiniteError: the output of stage {guilty} is not finite for prompts "
+        else:
+            said = "RuntimeEnvironmentError: the model's logits are not numbers (nan) for prompts "
+        assert rank["broken"].startswith(said)
 
 
 def test_the_engine_has_its_own_instructions_back(ran: Ran) -> None:

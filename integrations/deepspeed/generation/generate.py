@@ -63,7 +63,8 @@ def generate(
         UnsupportedModelError: If the model only encodes.
         WorkloadError: If a prompt is empty, too long for the model or has unknown tokens, if there are none, or if an
             option or the seed can't be used; on every rank, before anything runs.
-        RuntimeEnvironmentError: If logits are not numbers, as soon as that is known; load the model again then.
+        RuntimeEnvironmentError: If logits are not numbers, as soon as that is known; on the stage whose output is the
+            first not to be finite a NotFiniteError, which says so. Load the model again then.
     """
     module = engine.module
     check_runnable({"model_type": module.hf_config.model_type})
@@ -90,7 +91,9 @@ def generate(
             on_tokens if listens else None,
             on_finished if listens else None,
         )
-        passes = Passes(station, Work(prompts=prompts, seeds=seeds, groups=groups, rows=micro_batch), results)
+        passes = Passes(
+            station, Work(prompts=prompts, seeds=seeds, indices=indices, groups=groups, rows=micro_batch), results
+        )
         turns = take_turns(len(groups), used, sampling.new_tokens, passes.arrived)
         with instructions(engine, passes.instructions()):
             engine._exec_schedule(GenerationSchedule(turns, used, engine.num_stages, engine.stage_id))

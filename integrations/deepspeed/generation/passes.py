@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from deepspeed.runtime.pipe.schedule import PipeInstruction
 
-from lp_plugin.errors import RuntimeEnvironmentError
+from lp_plugin.errors import NotFiniteError, RuntimeEnvironmentError
 from lp_plugin.integrations.deepspeed.generation import schedule
 from lp_plugin.integrations.deepspeed.generation.choosing import BROKEN
 from lp_plugin.integrations.deepspeed.generation.results import Results
 from lp_plugin.integrations.deepspeed.generation.slots import Group, Pass, Turn
 from lp_plugin.integrations.deepspeed.generation.station import Station
+from lp_plugin.job.watch.watch import await_verdict
 
 __all__ = ["Passes", "Work"]
 
@@ -27,6 +28,8 @@ class Work:
     """Token ids of each prompt."""
     seeds: Sequence[int]
     """Of each prompt."""
+    indices: Sequence[int]
+    """What errors call each prompt."""
     groups: tuple[Group, ...]
     """The prompts, shared out."""
     rows: int
@@ -73,13 +76,13 @@ class Passes:
         letter = self._station.letters[turn.slot]
         if self._station.ring.is_first:
             *tokens, flag = letter.read()
-            ended = _ended(flag)
+            ended = self._ended(flag, turn.slot, turn.returns)
             self._results.add(self._work.groups[turn.returns.group], tokens)
             return ended
         if turn.run is None or turn.run.number == 1:
             return False
         (flag,) = letter.read()
-        return _ended(flag)
+        return self._ended(flag, turn.slot, turn.returns)
 
     def finish(self) -> None:
         """Waits until everything sent has left."""
@@ -143,6 +146,20 @@ class Passes:
         if work is not None:
             work.wait()
 
+    def _ended(self, flag: float, slot: int, done: Pass) -> bool:
+        """Whether all rows of a slot have ended, from its flag."""
+        if flag < BROKEN:
+            return bool(flag)
+        numbers = ", ".join(str(self._work.indices[prompt]) for prompt in self._work.groups[done.group].prompts)
+        remedy = "the model overflows in this precision, or its weights hold such values. Try float32 or bfloat16."
+        if self._station.breaks(slot):
+            raise NotFiniteError(
+                f"the output of stage {self._station.ring.stage} is not finite for prompts {numbers}, though its input "
+                f"is: {remedy}"
+            )
+        await_verdict()  # the stage that it is says so
+        raise RuntimeEnvironmentError(f"the model's logits are not numbers (nan) for prompts {numbers}: {remedy}")
+
     def _group(self, turn: Turn) -> Group:
         return self._work.groups[_run(turn).group]
 
@@ -156,16 +173,6 @@ class Passes:
         if self._station.device.type == "cuda":
             both = both.pin_memory().to(self._station.device, non_blocking=True)
         return both[:, 1:], both[:, 0]
-
-
-def _ended(flag: float) -> bool:
-    """Whether all rows of a slot have ended, from its flag."""
-    if flag >= BROKEN:
-        raise RuntimeEnvironmentError(
-            "the model's logits are not numbers (nan): it overflows in this precision, or its weights hold such "
-            "values. Try float32 or bfloat16."
-        )
-    return bool(flag)
 
 
 def _run(turn: Turn) -> Pass:

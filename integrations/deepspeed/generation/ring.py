@@ -22,12 +22,14 @@ class Ring:
         grid: The engine's ``PipelineParallelGrid``.
 
     Attributes:
+        stage: Number of the stage.
         is_first: Whether this rank holds the first stage.
         is_last: Whether it holds the last one; with one stage it is both, and nothing is sent.
     """
 
     def __init__(self, grid: Any) -> None:
         stages, stage = grid.pipe_parallel_size, grid.get_stage_id()
+        self.stage = stage
         self.is_first = stage == 0
         self.is_last = stage == stages - 1
         self._before = grid.stage_to_global(stage_id=(stage - 1) % stages)

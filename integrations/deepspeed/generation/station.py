@@ -89,6 +89,16 @@ class Station:
             self.slots.append(slot)
             self.letters.append(Letter(slot.received if self.ring.is_first else slot.received[-1:]))
 
+    def breaks(self, slot: int) -> bool:
+        """Whether this stage makes values that are not finite of ones that are, as its last decode pass shows.
+
+        Args:
+            slot: Whose logits are not numbers.
+        """
+        state = self.slots[slot]
+        takes_finite = self.ring.is_first or bool(state.received.isfinite().all())
+        return takes_finite and (self.ring.is_last or not bool(state.made.isfinite().all()))
+
     def release(self) -> None:
         """Gives the memory of caches and graphs back; the next call makes new ones."""
         self.slots.clear()
