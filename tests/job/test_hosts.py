@@ -62,10 +62,10 @@ def torchrun(hosts: Hosts, *arguments: object, restarts: int = 0) -> Any:
     meeting = f"{hosts[0].name}:{free_port()}"
 
     def command(number: int) -> list[object]:
+        one_machine = ("--local-addr", hosts[number].address, "--rdzv-conf", f"is_host={number == 0}")
         return [
             *(BIN / "torchrun", "--nnodes", 2, "--nproc-per-node", 1, "--max-restarts", restarts),
-            *("--rdzv-backend", "c10d", "--rdzv-endpoint", meeting, "--local-addr", hosts[number].address),
-            *("--rdzv-conf", f"is_host={number == 0}"),
+            *("--rdzv-backend", "c10d", "--rdzv-endpoint", meeting, *(() if hosts[number].is_real else one_machine)),
             *("--no-python", BIN / "lp-plugin", *arguments),
         ]
 
@@ -173,7 +173,8 @@ def test_training_goes_on_after_a_restart(
 
     (undisturbed, expected), folder = train(tmp_path / "undisturbed", 0), tmp_path / "killed"
     command, losses = train(folder, 1)
-    assert [code for code, _ in run_on(hosts, undisturbed, environment)] == [0, 0]
+    ended = run_on(hosts, undisturbed, environment)
+    assert [code for code, _ in ended] == [0, 0], "".join(said for _, said in ended)
     ended = run_on(hosts, command, environment, meanwhile=kill)
     said = "".join(each for _, each in ended)
     assert [code for code, _ in ended] == [0, 0], said

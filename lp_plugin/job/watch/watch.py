@@ -163,6 +163,7 @@ class Watch:
         self._thread.start()
         os.register_at_fork(after_in_child=self._forget)
         self._ready.wait()  # the watch itself ends the process if ranks don't come
+        at("")
 
     def part(self) -> None:
         """Says goodbye; the other ranks go on without this one."""
