@@ -44,6 +44,7 @@ def agree(value: Value | None) -> Value:
     box: list[Any] = [value]
     at("agree")
     torch.distributed.broadcast_object_list(box, src=0)
+    at("")
     return box[0]
 
 
@@ -52,6 +53,7 @@ def gather(value: Value) -> tuple[Value, ...]:
     values = [value] * dist.get_world_size()
     at("agree")
     torch.distributed.all_gather_object(values, value)
+    at("")
     return tuple(values)
 
 
