@@ -36,7 +36,7 @@ class ScoreJob(Interrupted):
     def __init__(self, model: Path, folder: Path, environment: dict[str, str]) -> None:
         draw = random.Random(1)  # noqa: S311
         source = (EXAMPLES / "text" / "alice.txt").read_text(encoding="utf-8")
-        texts = [source[at : at + draw.randrange(150, 500)] for at in range(0, 24_000, 20)]
+        texts = [source[at : at + draw.randrange(150, 500)] for at in range(0, 24_000, 40)]
         self.model, self.input = model, jsonl(folder / "documents.jsonl", texts)
         self.count = len(texts)
         self.report = folder / "figures.json"
