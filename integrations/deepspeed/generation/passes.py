@@ -19,6 +19,9 @@ from lp_plugin.job.watch.watch import await_verdict
 
 __all__ = ["Passes", "Work"]
 
+_SHOWN = 8
+"""Prompts in a message."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
@@ -150,7 +153,9 @@ class Passes:
         """Whether all rows of a slot have ended, from its flag."""
         if flag < BROKEN:
             return bool(flag)
-        numbers = ", ".join(str(self._work.indices[prompt]) for prompt in self._work.groups[done.group].prompts)
+        prompts = self._work.groups[done.group].prompts
+        numbers = ", ".join(str(self._work.indices[prompt]) for prompt in prompts[:_SHOWN])
+        numbers += ", ..." if len(prompts) > _SHOWN else ""
         remedy = "the model overflows in this precision, or its weights hold such values. Try float32 or bfloat16."
         if self._station.breaks(slot):
             raise NotFiniteError(

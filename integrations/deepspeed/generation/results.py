@@ -34,9 +34,8 @@ class Results:
         on_tokens: Listener | None = None,
         on_finished: Listener | None = None,
     ) -> None:
-        self._rows = np.full(
-            (num_prompts, new_tokens + 1), 0, dtype=np.int64
-        )  # memory that a long call has from its start
+        # a count, then tokens; filled, so that a long call has its memory from the start
+        self._rows = np.full((num_prompts, new_tokens + 1), 0, dtype=np.int64)
         self._ended = [False] * num_prompts
         self._new_tokens = new_tokens
         self._ends = frozenset(ends)
