@@ -17,7 +17,7 @@ demo: $(STAMP)  ## Plan and run a 16-layer model over 4 processes on a real text
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/demo.sh $(DEMO)
 
 test: $(STAMP) lint  ## Lint, types, and the whole test suite.
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
