@@ -21,6 +21,7 @@ __all__ = [
     "parse_json",
     "read_bytes",
     "read_text",
+    "real_path",
     "write_atomically",
 ]
 
@@ -127,6 +128,11 @@ def check_target(path: Path) -> None:
         raise OSError("it is a folder or a special file; give the name of a regular file")
 
 
+def real_path(path: str | Path) -> Path:
+    """Where a path leads, links followed; `Path.resolve` raises RuntimeError for circular ones."""
+    return Path(os.path.realpath(path))
+
+
 def check_folder(folder: Path) -> None:
     """Refuses a folder in which no file can be made; leaves nothing behind.
 
@@ -147,7 +153,7 @@ def check_output(path: Path, what: str) -> None:
     Raises:
         InvalidInputError: If it is no regular file, or its folder is missing or can't be written.
     """
-    folder = Path(os.path.realpath(path)).parent  # resolve() stumbles over circular links
+    folder = real_path(path).parent
     if not folder.is_dir():
         raise InvalidInputError(f"{what} can't be written to {path}: its folder does not exist; make it.")
     try:

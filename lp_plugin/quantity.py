@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 
 from lp_plugin.errors import InvalidInputError
 
-__all__ = ["format_bytes", "format_seconds", "is_plain", "printable", "said", "shown"]
+__all__ = ["format_bytes", "format_seconds", "is_plain", "listed", "printable", "said", "shown"]
 __all__ += ["parse_bytes", "parse_flops", "parse_rate", "parse_seconds"]
 
 _Units = Mapping[str, Fraction | int]
@@ -96,6 +96,11 @@ def shown(value: object) -> str:
     except RecursionError:
         return "a value nested too deeply"
     return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"
+
+
+def listed(items: Sequence[object], most: int) -> str:
+    """The first items, ``most`` of them, and whether there are more: "0, 1, 2, ..."."""
+    return ", ".join(map(str, items[:most])) + (", ..." if len(items) > most else "")
 
 
 def is_plain(text: str) -> bool:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Host", "rank_process", "run_on", "two_hosts"]
+__all__ = ["Host", "find_process", "run_on", "two_hosts", "wait_for_lines"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,15 +138,24 @@ def run_on(
     return [(process.returncode, each) for process, each in zip(started, said, strict=True)]
 
 
-def rank_process(rank: int, argument: object, *, seconds: float = 60) -> int:
-    """The process of a rank that has an argument in its command line."""
+def find_process(variable: str, argument: object, *, seconds: float = 60) -> int:
+    """The process that has a variable (``NAME=value``), and an argument in its command line; waited for."""
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         for folder in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
                 if os.fsencode(str(argument)) in (folder / "cmdline").read_bytes().split(
                     b"\0"
-                ) and f"RANK={rank}".encode() in (folder / "environ").read_bytes().split(b"\0"):
+                ) and variable.encode() in (folder / "environ").read_bytes().split(b"\0"):
                     return int(folder.name)
         time.sleep(0.05)
-    raise TimeoutError(f"no rank {rank} has {argument} in its command line")
+    raise TimeoutError(f"no process with {variable} has {argument} in its command line")
+
+
+def wait_for_lines(file: Path, count: int, *, seconds: float = 60) -> None:
+    """Until a file is there and has so many lines."""
+    until = time.monotonic() + seconds
+    while not file.exists() or file.read_bytes().count(b"\n") < count:
+        if time.monotonic() > until:
+            raise TimeoutError(f"{file} does not get {count} lines")
+        time.sleep(0.002)

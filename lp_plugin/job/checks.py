@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 
 from lp_plugin.errors import (
@@ -16,6 +15,7 @@ from lp_plugin.errors import (
     RuntimeEnvironmentError,
     WorkloadError,
 )
+from lp_plugin.files import real_path
 from lp_plugin.hardware import Cluster
 from lp_plugin.job.layout import Layout
 from lp_plugin.model import ModelProfile
@@ -225,23 +225,19 @@ def check_writable(input_path: str | Path, output: str | Path, *others: str | Pa
         DocumentError: Naming the file.
     """
     for path in (output, *others):
-        if path is not None and not _real(path).parent.is_dir():
+        if path is not None and not real_path(path).parent.is_dir():
             raise DocumentError(f"{path} can't be written: folder {Path(path).parent} does not exist.")
         if path is not None and Path(path).exists() and not Path(path).is_file():
             kind = "folder" if Path(path).is_dir() else "special file"
             raise DocumentError(f"{path} can't be written: it is a {kind}; give the name of a regular file.")
-    taken = {_real(input_path): "the input"}
+    taken = {real_path(input_path): "the input"}
     for path in (output, *others):
         if path is None:
             continue
-        place = _real(path)
+        place = real_path(path)
         if place in taken:
             raise DocumentError(f"{path} would replace {taken[place]}; give another name.")
         taken[place] = "another file of this command"
-
-
-def _real(path: str | Path) -> Path:
-    return Path(os.path.realpath(path))  # Path.resolve() raises RuntimeError for circular links
 
 
 def model_fingerprint(directory: str | Path, dtype: str) -> str:

@@ -224,8 +224,7 @@ def run_and_report(entry: Callable[..., Any], *arguments: Any) -> Any:
     except BaseException as error:  # noqa: BLE001 - whatever it is, the other ranks must not hang
         deliberate = error if isinstance(error, LpPluginError) else explained(error)
         if deliberate is not None:
-            if report("failed", str(deliberate)):
-                _say(str(deliberate))
+            _tell(str(deliberate))
             _end(EXIT_ERROR)
         if lost_peer(error):
             _end_without_peer(error)
@@ -234,8 +233,10 @@ def run_and_report(entry: Callable[..., Any], *arguments: Any) -> Any:
         _end(1)
 
 
-def _say(reason: str) -> None:
-    print(f"error (rank {os.environ['RANK']}): {printable(reason)}", file=sys.stderr, flush=True)  # noqa: T201
+def _tell(reason: str) -> None:
+    """Says why this rank ends, if it is the first of the job that has to."""
+    if report("failed", reason):
+        print(f"error (rank {os.environ['RANK']}): {printable(reason)}", file=sys.stderr, flush=True)  # noqa: T201
 
 
 def _end_without_peer(error: BaseException) -> None:
@@ -245,8 +246,7 @@ def _end_without_peer(error: BaseException) -> None:
         await_verdict()
     what = "lost the connection to another rank" if joined else "can't reach the other ranks"
     reason = f"{what}: {next(iter(str(error).splitlines()), '')}"
-    if report("failed", reason):
-        _say(reason)
+    _tell(reason)
     _end(EXIT_LOST_PEER if joined else EXIT_ERROR)
 
 

@@ -29,8 +29,7 @@ from fault_page import write_page
 from forked import Ended, run_ranks
 from rich.console import Console
 from rich.progress import Progress
-
-from lp_plugin.job import place
+from whereabouts import follow
 
 TIMEOUT = 3.0
 """``--timeout`` of the jobs: for ranks that hang."""
@@ -58,21 +57,15 @@ class Case:
     """Times that the rank passes the place unharmed before."""
 
 
-class _Injecting(place._Whereabouts):
-    """Where a rank is; meets its fault on the way there."""
+class _Fault:
+    """Meets a rank on its way to a place."""
 
     def __init__(self, case: Case) -> None:
         self._case, self._left = case, case.after
-        super().__init__()
 
-    @property
-    def now(self) -> Any:
-        return self._now
-
-    @now.setter
-    def now(self, value: Any) -> None:
-        self._now = value
-        if value[2] in PLACES[self._case.place]:
+    def comes_to(self, doing: str) -> None:
+        """The rank begins something."""
+        if doing in PLACES[self._case.place]:
             self._left -= 1
             if self._left == -1:
                 self._meet()
@@ -105,7 +98,7 @@ def run_case(case: Case, job: Job, ranks: int, reference: Any) -> dict[str, Any]
 
     def inject(rank: int) -> None:
         if rank == case.rank:
-            place._whereabouts = _Injecting(case)
+            follow(_Fault(case).comes_to)
         job.run(folder, TIMEOUT)
 
     ended = run_ranks(ranks, inject, seconds=60)

@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 
 from fault_jobs import shared
-from hosts import Host, two_hosts
+from hosts import Host, find_process, two_hosts, wait_for_lines
 from ports import free_port
 
 from lp_plugin.files import write_atomically
@@ -136,14 +136,8 @@ def killed_in_slurm(trial: Trial) -> list[str]:
     """A job whose second task is killed, and what became of it."""
     batch(trial, "killed.jsonl", wait=False)
     journal = trial.folder / "killed.jsonl.partial"
-    while not journal.exists() or journal.read_bytes().count(b"\n") < DOCUMENTS // 20:
-        time.sleep(0.002)
-    task = next(
-        int(process.name)
-        for process in Path("/proc").glob("[0-9]*")
-        if b"killed.jsonl" in (process / "cmdline").read_bytes()
-        and b"SLURM_PROCID=1\0" in (process / "environ").read_bytes()
-    )
+    wait_for_lines(journal, DOCUMENTS // 20)
+    task = find_process("SLURM_PROCID=1", trial.folder / "killed.jsonl")
     os.kill(task, signal.SIGKILL)
     at = time.monotonic()
     while trial.do("squeue", "--noheader")[1].strip():

@@ -30,11 +30,11 @@ from fault_training import rows
 from forked import run_ranks
 from rich.console import Console
 from soak_page import write_page
+from whereabouts import follow
 
 from lp_plugin import cli
 from lp_plugin.integrations.deepspeed.engine import init_distributed, quiet
 from lp_plugin.integrations.transformers.training import HFTrainingModule
-from lp_plugin.job import place
 
 RANKS = 2
 PASSES = {"score": {"forward"}, "generate": {"prefill", "decode"}, "train": {"forward"}}
@@ -46,23 +46,6 @@ BYTES_PER_MICRO_BATCH = 32
 EVERY_SECONDS = 0.5
 
 
-class _Counting(place._Whereabouts):
-    """Where a rank is; counts its passes."""
-
-    def __init__(self, passes: set[str]) -> None:
-        self._passes, self.count = passes, 0
-        super().__init__()
-
-    @property
-    def now(self) -> Any:
-        return self._now
-
-    @now.setter
-    def now(self, value: Any) -> None:
-        self._now = value
-        self.count += value[2] in self._passes
-
-
 class Observer:
     """Writes down what a process holds, from now on.
 
@@ -72,8 +55,9 @@ class Observer:
     """
 
     def __init__(self, passes: set[str], file: Path) -> None:
-        self._counting = place._whereabouts = _Counting(passes)
+        self._passes, self._count = passes, 0
         self._stream = file.open("w", encoding="utf-8")
+        follow(self._count_one)
         threading.Thread(target=self._run, daemon=True).start()
 
     def look(self) -> None:
@@ -85,8 +69,11 @@ class Observer:
             for found in re.findall(rf"{name}:\s+(\d+)", status)
         )
         files = len(os.listdir("/proc/self/fd"))  # noqa: PTH208 - makes no object per file
-        self._stream.write(f"{self._counting.count} {(anonymous + shared_memory) * 1024} {files} {threads}\n")
+        self._stream.write(f"{self._count} {(anonymous + shared_memory) * 1024} {files} {threads}\n")
         self._stream.flush()
+
+    def _count_one(self, doing: str) -> None:
+        self._count += doing in self._passes
 
     def _run(self) -> None:
         while True:

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "integrations"))
-from families import make_config, make_model, plain_losses
+from families import make_config, make_model, training_micro_batches
+from plain_training import plain_losses
 from training_cases import CHECKPOINTED, RANK, ZERO, by_hand, losses, make, start, trained
 
 from lp_plugin.integrations.deepspeed.checkpoints import resume
@@ -72,7 +73,11 @@ def main() -> None:
     torch.distributed.barrier()
     found = {name: curves(scratch / name, scratch / f"{name}-checkpoint") for name in ("untied", "tied")}
     if RANK == 0:
-        found = {name: {"plain loop": plain_losses(scratch / name, STEPS)} | runs for name, runs in found.items()}
+        found = {
+            name: {"plain loop": plain_losses(scratch / name, training_micro_batches(), steps=STEPS, accumulation=4)}
+            | runs
+            for name, runs in found.items()
+        }
         (folder / "losses.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         (folder / "losses.md").write_text(table(found), encoding="utf-8")
         shutil.rmtree(scratch)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -111,27 +109,6 @@ def make_batch(padding: str, number: int) -> tuple[torch.Tensor, torch.Tensor | 
         if missing:
             mask[row, slice(-missing, None) if padding == "right" else slice(missing)] = 0
     return ids, mask
-
-
-def plain_losses(directory: Path, steps: int) -> list[float]:
-    """Of training without a pipeline; DeepSpeed's Adam decays weights by 0.01, its engine clips norms to 1.
-
-    Args:
-        directory: Of the model.
-        steps: Of four micro-batches each.
-    """
-    model = AutoModelForCausalLM.from_pretrained(directory).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)
-    data, found = training_micro_batches(), []
-    for _ in range(steps):
-        step = [model(tokens, labels=tokens, use_cache=False).loss / 4 for tokens in itertools.islice(data, 4)]
-        for loss in step:
-            loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        found.append(sum(float(loss.detach()) for loss in step))
-    return found
 
 
 def training_micro_batches() -> Iterator[torch.Tensor]:

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 from commands import Start
-from families import make_config, make_model, plain_losses
+from families import make_config, make_model, training_micro_batches
+from plain_training import plain_losses
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -49,7 +50,8 @@ def ranks(folder: Path) -> Ranks:
 @pytest.fixture(scope="module")
 def expected(models: Path) -> Callable[[str], list[float]]:
     """Losses of the whole model, by torch and transformers alone."""
-    return functools.cache(lambda name: plain_losses(models / name, STEPS))
+    data = training_micro_batches
+    return functools.cache(lambda name: plain_losses(models / name, data(), steps=STEPS, accumulation=4))
 
 
 @pytest.mark.parametrize(

@@ -9,18 +9,15 @@ import re
 import shutil
 import signal
 import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from campaigns.fault_training import rows
-from conftest import Command, Make
-from hosts import Host, rank_process, run_on, two_hosts
+from hosts import Host, find_process, run_on, two_hosts, wait_for_lines
+from plain_training import plain_losses
 from ports import free_port
-from transformers import AutoModelForCausalLM
 
 from lp_plugin.job.watch.watch import EXIT_LOST_PEER
 
@@ -50,7 +47,9 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def scores(tiny: Path, documents: Path, command: Command, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+def scores(
+    tiny: Path, documents: Path, command: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
+) -> list[Any]:
     """Of one process."""
     output = tmp_path_factory.mktemp("one") / "scores.jsonl"
     ended = command("run", tiny, "--input", documents, "--output", output, "--stages", 1)
@@ -119,12 +118,8 @@ def test_deepspeed_with_a_hostfile(
 
 def kill_first_rank(output: Path) -> None:
     """Of a scoring job when some documents are finished."""
-    journal = output.with_name(f"{output.name}.partial")
-    process = rank_process(0, output)
-    until = time.monotonic() + 60
-    while not journal.exists() or journal.read_bytes().count(b"\n") <= KILLED_AFTER:
-        assert time.monotonic() < until
-        time.sleep(0.002)
+    process = find_process("RANK=0", output)
+    wait_for_lines(output.with_name(f"{output.name}.partial"), KILLED_AFTER + 1)
     os.kill(process, signal.SIGKILL)
 
 
@@ -168,11 +163,8 @@ def test_training_goes_on_after_a_restart(
     losses = tmp_path / "losses.jsonl"
 
     def kill() -> None:
-        process = rank_process(1, tmp_path)
-        until = time.monotonic() + 60
-        while not losses.exists() or losses.read_bytes().count(b"\n") < 5:
-            assert time.monotonic() < until
-            time.sleep(0.002)
+        process = find_process("RANK=1", tmp_path)
+        wait_for_lines(losses, 5)
         os.kill(process, signal.SIGKILL)
 
     ended = run_on(hosts, torchrun(hosts, *arguments, restarts=1), environment, meanwhile=kill)
@@ -180,24 +172,9 @@ def test_training_goes_on_after_a_restart(
     assert [code for code, _ in ended] == [0, 0], said
     assert re.search(r"rank 0 stops: rank 1 on \S+ \(stage 1\b.*\) died\.", said), said
     assert [each["id"] for each in read(losses)] == list(range(STEPS))
-    assert [each["loss"] for each in read(losses)] == pytest.approx(plain_losses(tiny), abs=5e-6)
-
-
-def plain_losses(model_directory: Path) -> list[float]:
-    """Of the same training by one process, torch and transformers alone; DeepSpeed's Adam decays weights by 0.01."""
-    model = AutoModelForCausalLM.from_pretrained(model_directory).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)
-    found = []
-    for step in range(STEPS):
-        data = itertools.islice(rows(step), ACCUMULATION)
-        losses = [model(tokens, labels=labels, use_cache=False).loss / ACCUMULATION for tokens, labels in data]
-        for loss in losses:
-            loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        found.append(sum(float(loss.detach()) for loss in losses))
-    return found
+    data = (tokens for step in range(STEPS) for tokens, _ in itertools.islice(rows(step), ACCUMULATION))
+    expected = plain_losses(tiny, data, steps=STEPS, accumulation=ACCUMULATION)
+    assert [each["loss"] for each in read(losses)] == pytest.approx(expected, abs=5e-6)
 
 
 def test_each_host_says_why_when_the_cable_is_cut(
@@ -206,9 +183,8 @@ def test_each_host_says_why_when_the_cable_is_cut(
     """Nothing tells one host of the other's end: silence alone. No launcher, since torchrun's agents wait on."""
     if not hosts[1].is_real:
         pytest.skip("needs network namespaces, which this user may not make")
-    output = tmp_path / "scores.jsonl"
-
-    port = free_port()
+    output, port = tmp_path / "scores.jsonl", free_port()
+    journal = output.with_name(f"{output.name}.partial")
 
     def alone(number: int) -> list[object]:
         launcher = {"RANK": number, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 1, "MASTER_PORT": port}
@@ -216,10 +192,7 @@ def test_each_host_says_why_when_the_cable_is_cut(
         return ["env", *variables, BIN / "lp-plugin", *run_arguments(tiny, documents, output)]
 
     def cut() -> None:
-        rank_process(1, output)
-        journal = output.with_name(f"{output.name}.partial")
-        while not journal.exists() or journal.read_bytes().count(b"\n") <= KILLED_AFTER:
-            time.sleep(0.002)
+        wait_for_lines(journal, KILLED_AFTER + 1)
         hosts[1].do("ip", "link", "set", "eth0", "down")
 
     try:
@@ -230,11 +203,16 @@ def test_each_host_says_why_when_the_cable_is_cut(
         assert code == EXIT_LOST_PEER
         other = rf"rank {rank} stops: rank {1 - rank} on node{1 - rank} \(.*\) hung: no sign of life for 3 s\."
         assert re.search(other, said), said
-    assert len(read(output.with_name(f"{output.name}.partial"))) > KILLED_AFTER
+    assert len(read(journal)) > KILLED_AFTER
 
 
 def test_a_host_with_another_model_is_named(
-    hosts: Hosts, tiny: Path, make_model: Make, documents: Path, environment: dict[str, str], tmp_path: Path
+    hosts: Hosts,
+    tiny: Path,
+    make_model: Callable[..., Path],
+    documents: Path,
+    environment: dict[str, str],
+    tmp_path: Path,
 ) -> None:
     if not hosts[1].is_real:
         pytest.skip("needs mount namespaces, which this user may not make")

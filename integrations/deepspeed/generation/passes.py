@@ -16,6 +16,7 @@ from lp_plugin.integrations.deepspeed.generation.results import Results
 from lp_plugin.integrations.deepspeed.generation.slots import Group, Pass, Turn
 from lp_plugin.integrations.deepspeed.generation.station import Station
 from lp_plugin.job.watch.watch import await_verdict
+from lp_plugin.quantity import listed
 
 __all__ = ["Passes", "Work"]
 
@@ -154,8 +155,7 @@ class Passes:
         if flag < BROKEN:
             return bool(flag)
         prompts = self._work.groups[done.group].prompts
-        numbers = ", ".join(str(self._work.indices[prompt]) for prompt in prompts[:_SHOWN])
-        numbers += ", ..." if len(prompts) > _SHOWN else ""
+        numbers = listed([self._work.indices[prompt] for prompt in prompts], _SHOWN)
         remedy = "the model overflows in this precision, or its weights hold such values. Try float32 or bfloat16."
         if self._station.breaks(slot):
             raise NotFiniteError(

@@ -24,6 +24,7 @@ from lp_plugin.bench.experiment.wording import (
     share_text,
     tokens_text,
 )
+from lp_plugin.quantity import listed
 from lp_plugin.strategy.layouts import Strategy
 
 __all__ = ["bubble_table", "case_line", "configurations_table", "consistency_table", "performance_table"]
@@ -194,8 +195,7 @@ def consistency_table(case: CaseResult) -> Figures:
 def _consistency_notes(case: CaseResult) -> list[str]:
     notes = ["A trial of short batches is the median of several."]
     if case.turns:
-        shown = ", ".join(case.turns[:20]) + (", ..." if len(case.turns) > 20 else "")
-        notes.append(f"Trials took turns: {shown}.")
+        notes.append(f"Trials took turns: {listed(case.turns, 20)}.")
     control, baseline = control_row(case), baseline_row(case)
     if control is None or baseline is None:
         notes.append("The A/A control was not measured.")

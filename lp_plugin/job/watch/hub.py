@@ -15,6 +15,7 @@ from typing import Any, Final
 
 from lp_plugin.job.place import UNTIMED, WAITING, Place, here
 from lp_plugin.job.watch.verdict import Peer, Verdict
+from lp_plugin.quantity import listed
 
 __all__ = ["BEAT_SECONDS", "LINE_BYTES", "START_SECONDS", "Hub", "encode"]
 
@@ -102,9 +103,9 @@ class Hub:
             return None
         rank = self._ranks[peer.rank] = _Rank(peer, writer)
         different = {name: (have, self._versions.get(name)) for name, have in hello["versions"].items()}
-        listed = [f"{name} {have} (rank 0: {wanted})" for name, (have, wanted) in different.items() if have != wanted]
-        if listed:
-            text = f"has other versions than rank 0: {', '.join(listed)}; install the same everywhere."
+        named = [f"{name} {have} (rank 0: {wanted})" for name, (have, wanted) in different.items() if have != wanted]
+        if named:
+            text = f"has other versions than rank 0: {', '.join(named)}; install the same everywhere."
             await self._judge(self._about(rank, "other versions", text))
         elif self._verdict is not None:
             await _tell(rank, {"verdict": asdict(self._verdict)})
@@ -164,8 +165,8 @@ class Hub:
         if len(self._ranks) == self._world or time.monotonic() - self._started < allowed:
             return None
         absent = [rank for rank in range(self._world) if rank not in self._ranks]
-        listed = ", ".join(map(str, absent[:8])) + (", ..." if len(absent) > 8 else "")
-        text = f"did not come within {allowed:g} s; missing are {listed} of {self._world} ranks: start them all."
+        missing = f"missing are {listed(absent, 8)} of {self._world} ranks"
+        text = f"did not come within {allowed:g} s; {missing}: start them all."
         unknown = Peer(rank=absent[0], host="an unknown host", machine="", pid=0)
         return Verdict(kind="missing", peer=unknown, place="start", text=text)
 
